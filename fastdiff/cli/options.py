@@ -1,0 +1,76 @@
+"""Options from dataclasses by tyro, and from YAML files: flat, checked by name and type, later words win."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from fastdiff.errors import UserError
+
+T = TypeVar("T")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: its nearest neighbour, if there is one."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean '{near[0]}'?" if near else "."
+
+
+def parse(options: Callable[..., T], argv: Sequence[str], *, command: str, description: str) -> T:
+    """Call ``options`` with its dataclass arguments filled from ``argv``; a wrong option ends in exit code 2."""
+    return tyro.cli(
+        options, args=argv, prog=f"fastdiff {command}", description=description, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def field_names(*classes: Any) -> list[str]:
+    """The names of all fields of some dataclasses."""
+    return [field.name for cls in classes for field in dataclasses.fields(cls)]
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping of options in a YAML file, keys with underscores."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"--config {path} cannot be read: {reason}.") from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"--config {path} holds a {type(values).__name__}, expected a mapping such as 'max_steps: 500'."
+        )
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def yaml_words(path: str, values: dict[str, Any], known: Sequence[str]) -> list[str]:
+    """A YAML mapping as words: ``{max_steps: 5, ratio: [1, 5], resume: true}`` to ``--max-steps 5 --ratio 1 5 ...``."""
+    words: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"--config {path}: no option '{key}'{nearest(key, known)}")
+        if isinstance(value, dict):
+            raise UserError(
+                f"--config {path}: '{key}' holds a mapping, but options are flat: write its keys one level up."
+            )
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of ``--name VALUE`` or ``--name=VALUE`` and the words without it."""
+    for i, word in enumerate(argv):
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2], argv[:i] + argv[i + 1 :]
+        if word == name:
+            if i + 1 == len(argv):
+                raise UserError(f"{name} needs a file.")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+    return None, argv

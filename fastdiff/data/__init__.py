@@ -1,0 +1,1 @@
+"""What a student learns from: prompts, images, stored ODE pairs and the bundled sets."""

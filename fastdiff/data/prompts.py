@@ -1,0 +1,60 @@
+"""Prompts of a run: from a list, a text file (one a line) or the bundled world."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.data.fashion import captions
+from fastdiff.errors import UserError
+from fastdiff.models.condition import concat, take
+from fastdiff.models.teacher import Teacher
+
+
+def read_prompts(source: str | Path | Sequence[str] | None, teacher: Teacher) -> list[str]:
+    """The prompts of ``source``; None means the captions of the bundled world, for its own teacher only.
+
+    Raises:
+        UserError: no such file, nothing in it, or None for a teacher that has no prompts of its own.
+    """
+    if source is None:
+        if teacher.name != "fashion":
+            raise UserError(f"no prompts: the teacher {teacher.name} brings none. Pass prompts, a text file with one prompt a line.")
+        return captions()
+    if not isinstance(source, str | Path):
+        prompts = list(source)
+    else:
+        try:
+            prompts = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the prompts file {source}: {error}. Pass a UTF-8 text file, one prompt a line.") from error
+    if not prompts:
+        raise UserError(f"no prompts in {source}: there is nothing to learn from. Write one prompt a line.")
+    return prompts
+
+
+class PromptTable:
+    """Prompts with their conditions; up to ``cached`` prompts are encoded once, more are encoded batch by batch."""
+
+    def __init__(self, prompts: list[str], teacher: Teacher, *, cached: int = 8192) -> None:
+        self.prompts, self.teacher, self._table = prompts, teacher, None
+        if len(prompts) <= cached:
+            chunks = [prompts[i : i + 256] for i in range(0, len(prompts), 256)]
+            self._table = concat(*(teacher.encode(chunk) for chunk in chunks))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def conditions(self, index: Tensor) -> Any:
+        """The conditions of the prompts ``index`` [B]."""
+        if self._table is not None:
+            return take(self._table, index.to(self.teacher.device))
+        return self.teacher.encode([self.prompts[i] for i in index.tolist()])
+
+
+def cycled(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` indices below ``n`` in shuffled rounds, so that each comes up equally often."""
+    rounds = -(-count // n)
+    return torch.cat([torch.randperm(n, generator=generator) for _ in range(rounds)])[:count]

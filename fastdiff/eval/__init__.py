@@ -1,0 +1,1 @@
+"""Measures a generator beside its teacher: features, statistics, metrics, cost, report."""

@@ -1,0 +1,29 @@
+"""Conditions of a batch: a tensor [B, ...] or a dict of such tensors, joined and indexed along the batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Condition = Tensor | dict[str, Any]
+
+
+def concat(*parts: Any) -> Any:
+    """The conditions one after another along the batch."""
+    if isinstance(parts[0], dict):
+        return {key: concat(*(part[key] for part in parts)) for key in parts[0]}
+    return torch.cat(parts)
+
+
+def take(condition: Any, index: Tensor | slice) -> Any:
+    """The rows ``index`` of a condition."""
+    if isinstance(condition, dict):
+        return {key: take(value, index) for key, value in condition.items()}
+    return condition[index]
+
+
+def repeat(condition: Any, n: int) -> Any:
+    """A condition of batch 1 for a batch of ``n``, without copying memory."""
+    if isinstance(condition, dict):
+        return {key: repeat(value, n) for key, value in condition.items()}
+    return condition.expand(n, *condition.shape[1:])

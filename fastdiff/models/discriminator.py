@@ -1,0 +1,60 @@
+"""Discriminator heads on a denoiser's bottleneck features (DMD2, arXiv 2405.14867, section 4.3).
+
+The paper's head is conv4x4 s2, GN32, SiLU, conv4x4 s4, GN32, SiLU, 1x1 on 8x8 features of width 1280. Here the second
+convolution covers whatever the first leaves, so that 4x4 features of small teachers fit, and the group count divides the width.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _Tapped(Exception):
+    """Carries features out of a network whose remaining layers are not needed."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
+def features_at(module: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """What ``module`` puts out during ``call()``; the layers after it do not run.
+
+    Raises:
+        RuntimeError: the call never reached the module.
+    """
+
+    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        raise _Tapped(output[0] if isinstance(output, tuple) else output)
+
+    handle = module.register_forward_hook(stop)
+    try:
+        call()
+    except _Tapped as tapped:
+        return tapped.features
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(module).__name__} was not called: there are no features to discriminate.")
+
+
+class FeatureHead(nn.Module):
+    """Features [B, width, h, w], h and w at least 2, to one logit per sample [B]."""
+
+    def __init__(self, width: int, size: int, hidden: int = 64) -> None:
+        super().__init__()
+        groups = math.gcd(32, hidden)
+        self.layers = nn.Sequential(
+            nn.Conv2d(width, hidden, 4, stride=2, padding=1),
+            nn.GroupNorm(groups, hidden),
+            nn.SiLU(),
+            nn.Conv2d(hidden, hidden, size // 2),
+            nn.GroupNorm(groups, hidden),
+            nn.SiLU(),
+            nn.Conv2d(hidden, 1, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.layers(features.float()).mean(dim=(1, 2, 3))
+        return logits

@@ -1,0 +1,21 @@
+"""One small adapter per diffusers family, chosen by the pipeline's class."""
+
+from typing import Any
+
+from fastdiff.errors import UserError
+from fastdiff.models.families.stable_diffusion import StableDiffusion
+
+FAMILIES = (StableDiffusion,)
+
+
+def family_of(pipeline: Any) -> StableDiffusion:
+    """The adapter of a diffusers pipeline.
+
+    Raises:
+        UserError: no adapter knows this pipeline class.
+    """
+    for family in FAMILIES:
+        if type(pipeline).__name__ in family.pipelines:
+            return family(pipeline)
+    known = ", ".join(name for family in FAMILIES for name in family.pipelines)
+    raise UserError(f"no adapter for a {type(pipeline).__name__}: its network would be called with the wrong inputs. Known: {known}.")

@@ -1,0 +1,181 @@
+"""Roles: the named networks of a method, and the one frozen backbone that LoRA roles share.
+
+A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone; ``lora``: an adapter on the teacher's own
+backbone; ``module``: a network of the method's making). ``Roles`` builds them, runs them as denoisers and keeps the ledger.
+
+A switch of adapter changes who computes, never who trains: peft's own ``set_adapter`` moves ``requires_grad`` with the switch
+and so drops, without a word, the gradient of a graph built before it. ``train_only`` alone changes ``requires_grad``, once per
+update; recomputation under gradient checkpointing runs under the role of its forward.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.models.denoiser import Denoiser, Network
+from fastdiff.models.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """How one network of a method trains."""
+
+    train: Literal["full", "lora", "module"]
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    rank: int = 8
+    lora_alpha: float = 8.0
+    lora_targets: tuple[str, ...] | None = None
+    build: Callable[[Teacher], nn.Module] | None = None
+
+
+class Adapters:
+    """The LoRA adapters on one backbone. ``use(name)`` computes with one of them, ``use(None)`` with the bare backbone."""
+
+    def __init__(self, network: Any) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.network = network
+        self.layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        self.active: str | None = None
+        self._set(None)
+
+    def _set(self, name: str | None) -> None:
+        for layer in self.layers:
+            layer._active_adapter = [name or layer._active_adapter[0]]
+            layer._disable_adapters = name is None
+        self.active = name
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[Any]:
+        before = self.active
+        self._set(name)
+        try:
+            yield self.network
+        finally:
+            self._set(before)
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by their name in the backbone."""
+        return {key: value for key, value in self.network.named_parameters() if f".{name}." in key}
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """A checkpointing function whose recomputation uses the adapter of its forward."""
+        from torch.utils.checkpoint import checkpoint
+
+        name = self.active
+
+        def again(*inputs: Any) -> Any:
+            with self.use(name):
+                return function(*inputs)
+
+        return checkpoint(again, *args, use_reentrant=False)
+
+
+class Roles:
+    """The networks of a run: ``roles.denoiser("student")``, and ``"teacher"`` for the frozen one."""
+
+    def __init__(self, teacher: Teacher, specs: dict[str, Role]) -> None:
+        self.teacher, self.specs = teacher, specs
+        self.ledger: Counter[str] = Counter()
+        self.modules: dict[str, nn.Module] = {}
+        backbone: Any = teacher.family.backbone
+        lora = [name for name, role in specs.items() if role.train == "lora"]
+        for name, role in specs.items():
+            if role.train == "full":
+                self.modules[name] = copy.deepcopy(backbone)
+            elif role.train == "module":
+                assert role.build is not None
+                self.modules[name] = role.build(teacher).to(teacher.device)
+        for name in lora:
+            _add_adapter(backbone, name, specs[name], teacher.family.lora_targets)
+        self.adapters = Adapters(backbone) if lora else None
+        self._parameters = {name: self._find_parameters(name) for name in specs}
+        self.train_only()
+
+    def _find_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        if self.specs[name].train == "lora":
+            assert self.adapters is not None
+            return self.adapters.parameters(name)
+        return dict(self.modules[name].named_parameters())
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The trained parameters of a role, in a fixed order."""
+        return list(self._parameters[name].values())
+
+    def train_only(self, *names: str) -> None:
+        """Exactly the parameters of ``names`` receive gradient from now on."""
+        for name, parameters in self._parameters.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(name in names)
+
+    def network(self, name: str) -> Network:
+        """The role as ``(x_t, t, cond) -> output``; every call counts its samples in the ledger."""
+        lora = name == "teacher" or self.specs[name].train == "lora"
+        backbone = self.teacher.family.backbone if lora else self.modules[name]
+        call = self.teacher.family.network(backbone)
+
+        def counted(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+            self.ledger[name] += len(x_t)
+            if lora and self.adapters is not None:
+                with self.adapters.use(None if name == "teacher" else name):
+                    return call(x_t, t, cond)
+            return call(x_t, t, cond)
+
+        return counted
+
+    def denoiser(self, name: str) -> Denoiser:
+        """The role as a denoiser under the teacher's process and prediction type."""
+        return Denoiser(self.network(name), self.teacher.process, self.teacher.prediction_type)
+
+    def backbone(self, name: str) -> nn.Module:
+        """The network that computes a role; for a LoRA role the shared backbone."""
+        return self.modules.get(name, self.teacher.family.backbone)
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """The role's weights (buffers too) for a checkpoint."""
+        if self.specs[name].train == "lora":
+            return {key: value.detach() for key, value in self._parameters[name].items()}
+        return self.modules[name].state_dict()
+
+    @torch.no_grad()
+    def load(self, name: str, state: dict[str, Tensor]) -> None:
+        """Put back what ``state`` gave. Missing or surplus keys raise KeyError."""
+        own = self.state(name)
+        if own.keys() != state.keys():
+            raise KeyError(f"weights of role {name} do not fit: {sorted(own.keys() ^ state.keys())[:3]}")
+        for key, value in own.items():
+            value.copy_(state[key])
+
+    def merged(self, name: str) -> nn.Module:
+        """A stock network with the role's weights; a LoRA role is merged into a copy of the backbone."""
+        if self.specs[name].train != "lora":
+            return copy.deepcopy(self.modules[name])
+        network: Any = copy.deepcopy(self.teacher.family.backbone)
+        network.enable_adapters()
+        network.set_adapter(name)
+        network.fuse_lora(adapter_names=[name])
+        network.unload_lora()
+        return network
+
+    def close(self) -> None:
+        """Take the adapters off the teacher's backbone, which is then what it was before, bit for bit."""
+        if self.adapters is not None:
+            backbone: Any = self.teacher.family.backbone
+            with self.adapters.use(None):
+                backbone.unload_lora()
+            self.adapters = None
+
+
+def _add_adapter(backbone: Any, name: str, role: Role, targets: tuple[str, ...]) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=role.rank, lora_alpha=role.lora_alpha, target_modules=list(role.lora_targets or targets))
+    backbone.add_adapter(config, adapter_name=name)

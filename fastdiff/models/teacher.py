@@ -1,0 +1,97 @@
+"""``Teacher``: the frozen denoiser, its conditioner, its codec, and the pipeline they came from.
+
+>>> teacher = Teacher.from_pretrained("fashion")                  # bundled; or a diffusers folder, or a hub id
+>>> cond, null = teacher.encode(["a red boot on a white background"]), teacher.encode([""])
+>>> teacher.denoiser.guided(x_t, t, cond, null, 3.0).x0
+"""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import UserError
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.families import family_of
+
+BUNDLED = {"fashion": Path(__file__).parent.parent / "assets" / "fashion"}
+
+
+class Teacher:
+    """A frozen diffusers pipeline seen as a denoiser. It refuses, with the reason, what it has no adapter for."""
+
+    def __init__(self, pipeline: Any, *, name: str = "teacher") -> None:
+        self.pipeline, self.name, self.family = pipeline, name, family_of(pipeline)
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.eval().requires_grad_(False)
+        self.process, self.prediction_type = self.family.process()
+        self.denoiser = Denoiser(self.family.network(self.family.backbone), self.process, self.prediction_type)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "Teacher":
+        """Load a bundled teacher by name, a diffusers folder, or a hub id.
+
+        Raises:
+            UserError: the folder does not exist, is no pipeline, or holds damaged weights.
+        """
+        return cls(load_pipeline(name, dtype=dtype).to(device), name=Path(name).name)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one latent, (C, h, w)."""
+        return self.family.latent_shape
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.family.backbone.parameters()).device
+
+    def encode(self, prompts: list[str]) -> Any:
+        """The condition of a batch of prompts."""
+        return self.family.encode(prompts)
+
+    @cached_property
+    def null(self) -> Any:
+        """The condition of the empty prompt, batch 1."""
+        return self.encode([""])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images [B, 3, H, W] in [0, 1]."""
+        return self.family.decode(latents)
+
+    def weights_hash(self) -> str:
+        """SHA-256 of the backbone's own weights, the same with and without adapters on it."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.family.backbone.state_dict().items()):
+            if ".lora_" not in key:
+                digest.update(key.replace(".base_layer", "").encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None) -> Any:
+    """A diffusers pipeline by bundled name, folder or hub id; safetensors only, progress bar off.
+
+    Raises:
+        UserError: with one line that says what is wrong with the name or the folder, and what to do.
+    """
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    folder = BUNDLED.get(str(name), Path(name))
+    looks_local = folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise UserError(f"{name} is no diffusers pipeline: it has no model_index.json. Pass the folder that save_pretrained wrote.")
+    if not folder.exists() and looks_local:
+        raise UserError(f"no folder {name} and no bundled teacher of that name. Bundled: {', '.join(BUNDLED)}; or pass a hub id owner/name.")
+    options = {} if dtype is None else {"torch_dtype": dtype}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot load the pipeline {name}: {reason} Check that the folder is complete, or save it again.") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,1 @@
+"""Export: a student becomes a folder that plain diffusers loads."""

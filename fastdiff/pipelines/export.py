@@ -1,0 +1,131 @@
+"""Write a student as a diffusers folder, and prove in another process that the folder reproduces the trainer's samples."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import UserError
+from fastdiff.models.teacher import Teacher
+from fastdiff.models.tokenizers import add_slow_files
+from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
+
+TOLERANCE = 1e-5
+
+_CHILD = """
+import json, sys
+sys.modules["fastdiff"] = None                       # the folder must work where fastdiff is not installed
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+folder, given, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(threads)
+pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+pipeline.set_progress_bar_config(disable=True)
+calls = []
+pipeline.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+prompts = json.load(open(given + ".json"))
+images = pipeline(prompts, latents=load_file(given + ".safetensors")["noise"], output_type="pt").images
+save_file({"images": images.contiguous()}, given + ".out.safetensors")
+print(json.dumps({"calls": calls, "class": type(pipeline).__name__}))
+"""
+
+_CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+A {method} student of `{teacher}`, trained with fastdiff {version}: one network call per image, no guidance.
+
+```python
+from diffusers import DiffusionPipeline
+DiffusionPipeline.from_pretrained("path/to/this/folder")("{prompt}").images[0]
+```
+
+`scheduler/` is configured so that the bare call makes exactly one step (`num_inference_steps` up to 50 changes nothing). It is
+not meant for img2img, or for making other schedulers from it: `scheduler_lcm/` holds a plain `LCMScheduler` for that
+(`LCMScheduler.from_pretrained(folder, subfolder="scheduler_lcm")`, then `num_inference_steps=1`).
+"""
+
+
+def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mapping[str, Any], prompt: str) -> Any:
+    """Save ``network`` with the teacher's other components as a one-step pipeline; returns the pipeline.
+
+    The folder is written aside and moved into ``folder`` part by part, ``model_index.json`` last, so that an interrupted save
+    leaves nothing that loads. ``note`` goes to ``fastdiff.json``.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    from diffusers import LCMScheduler
+
+    from fastdiff._version import __version__
+
+    process = teacher.process
+    last = int(process.t_max)
+    alpha_bar = process.alpha(torch.tensor(last)).square().item()
+    components = dict(teacher.pipeline.components)
+    components["unet"] = without_guidance(network)
+    components["scheduler"] = one_step_scheduler(alpha_bar, timestep=last, prediction_type=teacher.prediction_type)
+    pipeline = type(teacher.pipeline)(**components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    try:
+        pipeline.save_pretrained(aside, safe_serialization=True)
+        add_slow_files(aside / "tokenizer")
+        schedule = LCMScheduler.from_config(teacher.pipeline.scheduler.config, original_inference_steps=1, timestep_spacing="leading")
+        schedule.save_pretrained(aside / "scheduler_lcm")
+        card = _CARD.format(method=note["method"], teacher=teacher.name, version=__version__, prompt=prompt)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        (aside / "fastdiff.json").write_text(json.dumps(dict(note), indent=2) + "\n", encoding="utf-8")
+        (folder / "model_index.json").unlink(missing_ok=True)
+        for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
+            _replace(part, folder / part.name)
+    except OSError as error:
+        raise UserError(f"cannot write the student to {folder}: {error}. Free space or choose another --output; the checkpoint is kept.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return pipeline
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(source, target)
+
+
+def verify_export(folder: Path, prompts: list[str], noise: Tensor, expected: Tensor) -> float:
+    """Largest difference between ``expected`` images [B, 3, H, W] in [0, 1] and those of the folder in a fresh process.
+
+    The process cannot import fastdiff, loads the folder with ``DiffusionPipeline`` and makes the bare call.
+
+    Raises:
+        RuntimeError: the folder does not load, the call made more than one network call, or the images differ by more than
+            ``TOLERANCE``.
+    """
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as scratch:
+        given = str(Path(scratch) / "given")
+        Path(given + ".json").write_text(json.dumps(prompts))
+        save_file({"noise": noise.cpu().contiguous()}, given + ".safetensors")
+        command = [sys.executable, "-I", "-c", _CHILD, str(folder.resolve()), given, str(torch.get_num_threads())]
+        child = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
+        if child.returncode != 0:
+            raise RuntimeError(f"{folder} does not work in plain diffusers:\n{child.stderr[-2000:]}")
+        report = json.loads(child.stdout.splitlines()[-1])
+        images = load_file(given + ".out.safetensors")["images"]
+    if report["calls"] != [len(prompts)]:
+        raise RuntimeError(f"the bare call on {folder} made network calls {report['calls']}, expected one of {len(prompts)} images.")
+    difference = (images - expected.cpu()).abs().max().item()
+    if not difference < TOLERANCE:
+        raise RuntimeError(f"{folder} in plain diffusers differs from the trainer's samples by {difference:.2e}, allowed {TOLERANCE}.")
+    return difference

@@ -1,0 +1,88 @@
+"""What every method that uses stored ODE pairs shares: their settings, their making, and the regression update.
+
+The student repeats, in one call from the same noise, what the teacher's guided deterministic sampler makes of it:
+
+    L = mean pseudo_huber(student(z, T, y), x0(z, y))          (z, y, x0): a stored pair
+
+DMD (arXiv 2311.18828) regresses on such pairs with LPIPS beside its score term, DMD2 (arXiv 2405.14867) uses them to warm up
+its one-step student. The pseudo-Huber distance on latents is this library's choice: it needs no feature network.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastdiff.data.pairs import Pairs, make_pairs
+from fastdiff.losses import pseudo_huber, reduce
+from fastdiff.models.roles import Roles
+from fastdiff.trainers.method import Batch, Method, Preparation, one_step
+
+REGRESSION = "regression"
+
+
+@dataclass(kw_only=True)
+class PairedMethod(Method):
+    """A method that can regress on ODE pairs, as a warm start or altogether."""
+
+    pairs: int = 4608
+    """Number of stored ODE pairs."""
+    pair_steps: int = 8
+    """Teacher steps that make a pair."""
+    pair_guidance_scale: float = 3.0
+    """Guidance of the teacher that makes the pairs; 1 is off."""
+    regression_lr: float = 1e-3
+    """Student learning rate of the regression update."""
+    huber_c: float = 0.1
+    """Where the pseudo-Huber distance turns from square to absolute value, in units of latents."""
+
+    def regresses(self) -> bool:
+        """Whether pairs are needed at all."""
+        return True
+
+    def prepare(self, preparation: Preparation) -> None:
+        self._pairs = load_or_make_pairs(self, preparation) if self.regresses() else None
+
+    def trains(self, update: str) -> tuple[str, ...]:
+        return ("student",) if update == REGRESSION else super().trains(update)
+
+    def regression(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        """The loss of the regression update."""
+        noise, x0, cond = self.draw_pairs(batch)
+        sample = one_step(roles.denoiser("student"), noise, cond)
+        return {"regression": reduce(pseudo_huber(sample, x0, c=self.huber_c))}
+
+    def draw_pairs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise, result and condition of pairs drawn uniformly."""
+        assert self._pairs is not None, "prepare() was not called"
+        index = batch.draws.integers("pairs", 0, len(self._pairs))
+        device, rows = batch.teacher.device, index.cpu()
+        cond = batch.prompts.conditions(self._pairs.prompt[rows])
+        return self._pairs.noise[rows].to(device), self._pairs.x0[rows].to(device), cond
+
+
+def load_or_make_pairs(method: PairedMethod, preparation: Preparation) -> Pairs:
+    """This rank's share of the pairs, from the run's folder if they were made with these very settings."""
+    share = -(-method.pairs // preparation.world_size)
+    settings = {
+        "teacher": preparation.teacher.weights_hash(),
+        "prompts": hashlib.sha256("\0".join(preparation.prompts.prompts).encode()).hexdigest(),
+        "n": share,
+        "steps": method.pair_steps,
+        "guidance_scale": method.pair_guidance_scale,
+        "seed": [preparation.seed, preparation.rank],
+    }
+    path = preparation.folder / f"pairs-{preparation.rank}.safetensors"
+    pairs = Pairs.load(path, settings)
+    if pairs is None:
+        pairs = make_pairs(
+            preparation.teacher,
+            preparation.prompts,
+            n=share,
+            num_inference_steps=method.pair_steps,
+            guidance_scale=method.pair_guidance_scale,
+            seed=preparation.seed * 1_000_003 + preparation.rank,
+            progress=preparation.progress("making pairs", share),
+        )
+        pairs.save(path, settings)
+    return pairs

@@ -1,0 +1,333 @@
+"""``Trainer``: the one loop. It knows devices, precision, accumulation, checkpoints and logs, and no loss.
+
+>>> trainer = Trainer(SwiftBrush(), Teacher.from_pretrained("fashion"), output_dir="runs/sb", max_steps=1000)
+>>> pipeline = trainer.train()          # a diffusers pipeline, already saved in runs/sb
+
+One iteration: for each update the method asks for, the roles it trains receive gradient and no others do; its losses over the
+micro-batches are added; gradients are averaged over processes (one all-reduce of a flat buffer per update: roles that are
+adapters on one backbone cannot each be a DDP module); clipped; stepped. Ctrl-C ends after the running iteration with a
+checkpoint that ``resume=True`` continues to the bit.
+"""
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from fastdiff.data.images import save_grid
+from fastdiff.data.prompts import PromptTable, cycled, read_prompts
+from fastdiff.errors import UserError
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.roles import Roles
+from fastdiff.models.teacher import Teacher
+from fastdiff.pipelines.export import export_one_step, verify_export
+from fastdiff.trainers import checkpoint
+from fastdiff.trainers.config import FREE_ON_RESUME, Config
+from fastdiff.trainers.draws import Draws, generator_for
+from fastdiff.trainers.health import Health
+from fastdiff.trainers.log import Log
+from fastdiff.trainers.method import Batch, Method, Preparation
+
+_SHOWN = 16
+
+
+class Trainer:
+    """Trains ``method`` on ``teacher``.
+
+    Args:
+        method: the algorithm with its hyper-parameters.
+        teacher: the frozen teacher.
+        prompts: a list, a text file with one prompt a line, or None for the bundled world's own captions.
+        config: the engine's options; or give them as keywords.
+
+    Raises:
+        UserError: an unknown option, an empty prompts file, a teacher the method refuses.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        teacher: Teacher,
+        *,
+        prompts: str | Path | Sequence[str] | None = None,
+        config: Config | None = None,
+        **options: Any,
+    ) -> None:
+        if config is not None and options:
+            raise UserError(f"give either config or the options {sorted(options)}, not both: one would be ignored.")
+        self.method, self.teacher = method, teacher
+        self.config = config or Config.of(**options)
+        self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision, log_with=list(self.config.trackers) or None)
+        teacher.pipeline.to(self.accelerator.device)
+        method.validate(teacher)
+        self.prompts = PromptTable(read_prompts(prompts, teacher), teacher)
+        self.folder = self.config.output_dir
+        self.result: dict[str, Any] = {}
+        self._stop_requested = False
+
+    def train(self) -> Any:
+        """Run to ``max_steps``, export, verify the export; returns the diffusers pipeline.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
+            UserError: training diverged, the disk is full, or there is nothing to resume.
+        """
+        self._start()
+        try:
+            self._loop()
+            return self._finish()
+        finally:
+            self._log.close()
+            self._roles.close()
+
+    # --- setting up -------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._make_folder()
+        torch.manual_seed(self.config.seed)
+        self._roles = Roles(self.teacher, self.method.roles())
+        self._optimizers = {name: self._optimizer(name) for name in self.method.roles()}
+        student = self._roles.parameters("student")
+        decay = self.config.ema_decay
+        self._ema = EMAModel(student, decay=decay, use_ema_warmup=True, power=0.75, foreach=True) if decay else None
+        self._health = Health(self.config.max_bad_steps)
+        self._log = Log(self.folder, self.accelerator, total=self.config.max_steps, every=self.config.log_every)
+        self._step, self._seconds = 0, 0.0
+        if self.config.resume:
+            self._resume()
+        clock = time.perf_counter()
+        self.method.prepare(
+            Preparation(
+                teacher=self.teacher,
+                prompts=self.prompts,
+                folder=self.folder,
+                seed=self.config.seed,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+                progress=self._log.progress,
+            )
+        )
+        self._seconds += time.perf_counter() - clock
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the output folder {self.folder}: {error}. Choose another --output.") from error
+        if not self.config.resume and checkpoint.latest(self.folder / "checkpoints"):
+            raise UserError(
+                f"{self.folder} holds the checkpoints of an earlier run, which this one would mix with its own. "
+                "Continue it with --resume, or choose another --output, or delete the folder."
+            )
+
+    def _optimizer(self, name: str) -> Any:
+        role = self.method.roles()[name]
+        optimizer = torch.optim.AdamW(
+            self._roles.parameters(name), lr=role.lr, betas=role.betas, weight_decay=role.weight_decay
+        )
+        return self.accelerator.prepare(optimizer)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        previous = signal.getsignal(signal.SIGINT)
+        try:
+            signal.signal(signal.SIGINT, self._on_interrupt)
+            clock = time.perf_counter()
+            while self._step < self.config.max_steps:
+                self._iteration(self._step)
+                self._step += 1
+                self._seconds += (now := time.perf_counter()) - clock
+                clock = now
+                self._after_iteration()
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _on_interrupt(self, *_: Any) -> None:
+        if self._stop_requested:
+            raise KeyboardInterrupt("second interrupt: the running iteration is lost")
+        self._stop_requested = True
+
+    def _iteration(self, step: int) -> None:
+        torch.manual_seed(generator_for(self.config.seed, self.accelerator.process_index, step).initial_seed())
+        micro = self._micro_batches(step)
+        factor = self.config.lr_factor(step)
+        for update in self.method.updates(step):
+            trained = self.method.trains(update)
+            terms = self._backward(update, micro, trained)
+            norm = self._reduce_and_clip(trained)
+            accepted = self._health.accept(norm, update=update, step=step)
+            for name in trained:
+                optimizer = self._optimizers[name]
+                optimizer.param_groups[0]["lr"] = factor * self.method.lr_of(name, step)
+                if accepted:
+                    optimizer.step()
+                optimizer.zero_grad()
+            if accepted and "student" in trained and self._ema:
+                self._ema.step(self._roles.parameters("student"))
+            self._log.add(update, terms, norm, accepted)
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        size, count = self.config.batch_size, self.config.accumulation
+        rank, device = self.accelerator.process_index, self.accelerator.device
+        parts = [slice(i * size, (i + 1) * size) for i in range(count)]
+        draws = [Draws(self.config.seed, rank, step, size=size * count, part=part, device=device) for part in parts]
+        return [Batch(d, self.prompts, self.teacher) for d in draws]
+
+    def _backward(self, update: str, micro: list[Batch], trained: tuple[str, ...]) -> dict[str, Tensor]:
+        """Gradients of the mean loss over the micro-batches; returns the terms of the last one."""
+        self._roles.train_only(*trained)
+        terms: dict[str, Tensor] = {}
+        for batch in micro:
+            with self.accelerator.autocast():
+                terms = self.method.loss(update, batch, self._roles)
+            self.accelerator.backward(sum(terms.values()) / len(micro))
+        return terms
+
+    def _reduce_and_clip(self, trained: tuple[str, ...]) -> float:
+        parameters = [p for name in trained for p in self._roles.parameters(name)]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            flat = self.accelerator.reduce(flat, reduction="mean")
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        return float(norm)
+
+    def _after_iteration(self) -> None:
+        config, step = self.config, self._step
+        self._log.step(step, self._seconds, self._health)
+        last = step == config.max_steps
+        if step % config.save_every == 0 or last or self._agreed_to_stop():
+            self._save()
+        if self._stop_requested and not last:
+            raise KeyboardInterrupt(f"stopped after {step} of {config.max_steps} iterations; continue with --resume")
+        if config.validate_every and step % config.validate_every == 0:
+            self._validate()
+
+    def _agreed_to_stop(self) -> bool:
+        """A Ctrl-C that reached one process stops all of them in the same iteration."""
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(self._stop_requested), device=self.accelerator.device)
+            self._stop_requested = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+        return self._stop_requested
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What a continuation must share with the run it continues."""
+        options = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE_ON_RESUME}
+        fields = {**dataclasses.asdict(self.method), **options, "world_size": self.accelerator.num_processes}
+        fields |= {"method": self.method.name(), "teacher": self.teacher.name, "prompts": len(self.prompts)}
+        return json.loads(json.dumps(fields, default=str))
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            tensors: dict[str, dict[str, Tensor]] = {f"role.{name}": self._roles.state(name) for name in self._optimizers}
+            for name, optimizer in self._optimizers.items():
+                tensors[f"optimizer.{name}"] = checkpoint.optimizer_tensors(optimizer.optimizer)
+            if self._ema:
+                tensors["ema"] = {str(i): p for i, p in enumerate(self._ema.shadow_params)}
+            scaler = self.accelerator.scaler
+            state = {
+                "run": self._identity(),
+                "health": self._health.state(),
+                "seconds": self._seconds,
+                "ema_steps": self._ema.optimization_step if self._ema else 0,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            checkpoint.save(self.folder / "checkpoints", self._step, state, tensors, keep=self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        path = checkpoint.latest(self.folder / "checkpoints")
+        if path is None:
+            raise UserError(f"nothing to resume in {self.folder}: it has no checkpoint. Start without --resume.")
+        state, tensors = checkpoint.load(path)
+        mine, theirs = self._identity(), state["run"]
+        changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+        if changed:
+            shown = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in changed[:3])
+            raise UserError(f"cannot resume {path}: {shown}. The run would not repeat itself; give the same options.")
+        for name, optimizer in self._optimizers.items():
+            self._roles.load(name, tensors[f"role.{name}"])
+            checkpoint.load_optimizer(optimizer.optimizer, tensors[f"optimizer.{name}"])
+        if self._ema:
+            self._ema.shadow_params = [tensors["ema"][str(i)].to(p) for i, p in enumerate(self._ema.shadow_params)]
+            self._ema.optimization_step = state["ema_steps"]
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._health.load(state["health"])
+        self._step, self._seconds = state["step"], state["seconds"]
+
+    # --- pictures and the end ---------------------------------------------------------------------------------------
+
+    def _with_ema(self, action: Callable[[], Any]) -> Any:
+        """Run ``action`` with the averaged weights in the student, then put the trained ones back."""
+        if not self._ema:
+            return action()
+        parameters = self._roles.parameters("student")
+        self._ema.store(parameters)
+        self._ema.copy_to(parameters)
+        try:
+            return action()
+        finally:
+            self._ema.restore(parameters)
+
+    def _fixed(self, n: int) -> tuple[list[str], Tensor]:
+        """Prompts and noise that are the same throughout a run."""
+        generator = generator_for(self.config.seed, "validation")
+        index = cycled(len(self.prompts), n, generator)
+        noise = torch.randn(n, *self.teacher.latent_shape, generator=generator)
+        return [self.prompts.prompts[i] for i in index.tolist()], noise.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def _images(self, student: Denoiser, n: int) -> tuple[list[str], Tensor, Tensor]:
+        prompts, noise = self._fixed(n)
+        return prompts, noise, self.teacher.decode(self.method.sample(student, noise, self.teacher.encode(prompts)))
+
+    def _validate(self) -> None:
+        if self.accelerator.is_main_process:
+            images = self._with_ema(lambda: self._images(self._roles.denoiser("student"), _SHOWN)[2])
+            save_grid(images, self.folder / "validation" / f"step-{self._step:08d}.png")
+
+    def _finish(self) -> Any:
+        if not self.accelerator.is_main_process:
+            return None
+        network = self._with_ema(lambda: self._roles.merged("student"))
+        student = Denoiser(self.teacher.family.network(network), self.teacher.process, self.teacher.prediction_type)
+        prompts, noise, expected = self._images(student, _SHOWN)
+        save_grid(expected, self.folder / "validation" / "final.png")
+        note = {
+            "method": self.method.name(),
+            "teacher": self.teacher.name,
+            "num_inference_steps": 1,
+            "timesteps": [int(self.teacher.process.t_max)],
+            "guidance_scale": 1.0,
+            "run": self._identity(),
+        }
+        self._roles.close()
+        self._log.close_bar()
+        pipeline = export_one_step(self.teacher, network, self.folder, note=note, prompt=prompts[0])
+        difference = verify_export(self.folder, prompts, noise, expected)
+        self._log.say(f"exported to {self.folder}; plain diffusers differs from the trainer by {difference:.1e} at most")
+        self.result = {
+            "method": self.method.name(),
+            "teacher": self.teacher.name,
+            "steps": self._step,
+            "seed": self.config.seed,
+            "seconds_train": round(self._seconds, 2),
+            "export_max_abs_diff": difference,
+            "bad_updates": self._health.total,
+            "network_samples": dict(self._roles.ledger),
+        }
+        return pipeline

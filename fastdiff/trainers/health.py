@@ -1,0 +1,36 @@
+"""The policy for updates whose gradient is not finite: skip, report, and stop after so many in a row; never silently."""
+
+import math
+from typing import Any
+
+from fastdiff.errors import UserError
+
+
+class Health:
+    """Counts bad updates. ``accept(norm)`` says whether to step."""
+
+    def __init__(self, max_bad_steps: int) -> None:
+        self.max_bad_steps, self.in_a_row, self.total = max_bad_steps, 0, 0
+
+    def accept(self, norm: float, *, update: str, step: int) -> bool:
+        """True for a finite gradient norm.
+
+        Raises:
+            UserError: more than ``max_bad_steps`` bad updates in a row.
+        """
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            return True
+        self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
+        if self.in_a_row > self.max_bad_steps:
+            raise UserError(
+                f"{self.in_a_row} updates in a row had a gradient that is not finite, the last one {update} at step {step}: "
+                "training has diverged. Resume from the last checkpoint with a lower learning rate."
+            )
+        return False
+
+    def state(self) -> dict[str, Any]:
+        return {"in_a_row": self.in_a_row, "total": self.total}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.in_a_row, self.total = state["in_a_row"], state["total"]

@@ -1,0 +1,148 @@
+"""``Method``: a published algorithm as a dataclass, its hyper-parameters as documented fields.
+
+It says which roles it needs, which updates an iteration makes, what each update minimises, and how the student samples. The
+engine does the rest and knows no loss. A new method is one file with one subclass:
+
+>>> @dataclass(kw_only=True)
+... class MyMethod(Method):
+...     info = Paper(title="...", venue="...", year=2026, arxiv="...", sheet="...")
+...     def roles(self): return {"student": Role(train="full", lr=1e-4)}
+...     def updates(self, step): return ("student",)
+...     def loss(self, update, batch, roles): return {"term": scalar}
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdiff.data.prompts import PromptTable
+from fastdiff.models.condition import repeat
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.roles import Role, Roles
+from fastdiff.models.teacher import Teacher
+from fastdiff.trainers.draws import Draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    venue: str
+    year: int
+    arxiv: str
+    sheet: str
+
+
+@dataclass
+class Batch:
+    """What a loss gets: draws for its samples, their conditions, and what earlier updates of the iteration left."""
+
+    draws: Draws
+    prompts: PromptTable
+    teacher: Teacher
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    @property
+    def cond(self) -> Any:
+        """Conditions of prompts drawn uniformly, the same whenever they are asked for in one iteration."""
+        if "cond" not in self.memo:
+            self.memo["cond"] = self.prompts.conditions(self.draws.integers("prompts", 0, len(self.prompts)))
+        return self.memo["cond"]
+
+    @property
+    def null(self) -> Any:
+        """Conditions of the empty prompt."""
+        return repeat(self.teacher.null, len(self))
+
+    def noise(self, name: str) -> Tensor:
+        """Fresh standard normal latents."""
+        return self.draws.normal(name, self.teacher.latent_shape)
+
+    def times(self, name: str, low: int, high: int) -> Tensor:
+        """Times t uniform on low..high inclusive, one per sample."""
+        return self.draws.integers(name, low, high + 1)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a method may use before the first step: see ``Method.prepare``."""
+
+    teacher: Teacher
+    prompts: PromptTable
+    folder: Path
+    seed: int
+    rank: int
+    world_size: int
+    progress: Callable[[str, int], Callable[[int], None]]
+    """``progress(label, total)`` gives a function to be told how much was done since its last call."""
+
+
+@dataclass(kw_only=True)
+class Method(ABC):
+    """A distillation algorithm; see the module docstring."""
+
+    info: ClassVar[Paper]
+
+    @classmethod
+    def name(cls) -> str:
+        """The name in commands: ``SwiftBrush`` is ``swiftbrush``, ``ODEPairs`` is ``ode-pairs``."""
+        return re.sub(r"(?<=[A-Z])(?=[A-Z][a-z]{2})|(?<=[a-z])(?=[A-Z][A-Z])", "-", cls.__name__).lower()
+
+    @abstractmethod
+    def roles(self) -> dict[str, Role]:
+        """The networks this method needs; one of them is ``student``."""
+
+    @abstractmethod
+    def updates(self, step: int) -> tuple[str, ...]:
+        """The updates of iteration ``step``, in order."""
+
+    def trains(self, update: str) -> tuple[str, ...]:
+        """The roles that an update trains; by default the one it is named after."""
+        return (update,)
+
+    @abstractmethod
+    def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        """Named scalar terms; their sum is minimised over ``trains(update)``."""
+
+    def lr_of(self, role: str, step: int) -> float:
+        """Learning rate of a role before the engine's warm-up and decay."""
+        return self.roles()[role].lr
+
+    def prepare(self, preparation: Preparation) -> None:
+        """Make or load what the losses need besides prompts. Called once, before the first step."""
+        del preparation
+
+    def validate(self, teacher: Teacher) -> None:
+        """Refuse, with the reason, a teacher this method cannot use."""
+        del teacher
+
+    def sample(self, student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
+        """One call at the largest time: ``x0 = (z - sigma_T eps(z, T)) / alpha_T`` for an eps-network."""
+        return one_step(student, noise, cond)
+
+
+def one_step(student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
+    """``x0`` [B, C, h, w] of one network call at t = T from ``noise``."""
+    t = torch.full((len(noise),), int(student.process.t_max), device=noise.device)
+    return student(noise, t, cond).x0
+
+
+def due(step: int, ratio: tuple[int, int]) -> bool:
+    """Whether the rarer update happens in iteration ``step``: ``a`` times in every ``b`` iterations, first at step 0.
+
+    >>> [due(step, (2, 5)) for step in range(5)]
+    [True, False, True, False, False]
+    """
+    rarer, common = ratio
+    return (step * rarer) % common < rarer
+

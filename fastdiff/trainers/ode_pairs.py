@@ -1,0 +1,39 @@
+"""ODE-pair regression: the student repeats the teacher's deterministic few-step result from the same noise, in one call.
+
+    x0(z, y) = DDIM_8(z, y), guided          L = mean pseudo_huber( f(z, y), x0(z, y) )
+
+Pairs are made from prompts alone and stored. Trained: the student, a full copy of the teacher's network.
+Luhman & Luhman, Knowledge Distillation in Iterative Generative Models (arXiv 2101.02388); as the regression term of DMD (CVPR
+2024, arXiv 2311.18828). The sheet has it inside DMD; distance and step count are this library's choices.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fastdiff.models.roles import Role, Roles
+from fastdiff.trainers._regression import REGRESSION, PairedMethod
+from fastdiff.trainers.method import Batch, Paper
+
+
+@dataclass(kw_only=True)
+class ODEPairs(PairedMethod):
+    """Regression on the teacher's own deterministic results: stable and quick, the usual warm start."""
+
+    info: ClassVar[Paper] = Paper(
+        title="Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed",
+        venue="arXiv",
+        year=2021,
+        arxiv="2101.02388",
+        sheet="few_step_diffusion.md: DMD and DMD2 (regression term)",
+    )
+
+    def roles(self) -> dict[str, Role]:
+        return {"student": Role(train="full", lr=self.regression_lr)}
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        return (REGRESSION,)
+
+    def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        return self.regression(batch, roles)

@@ -30,7 +30,13 @@ PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "
 def config() -> dict[str, Any]:
     """A residual image tower for 32x32 pixels, a text tower over the world's vocabulary, 64 numbers each."""
     vision = {"image_size": 32, "layers": [1, 2, 2, 1], "width": 16, "head_width": 32}
-    text: dict[str, Any] = {"context_length": 16, "vocab_size": len(vocabulary()[0]), "width": 64, "heads": 4, "layers": 2}
+    text: dict[str, Any] = {
+        "context_length": 16,
+        "vocab_size": len(vocabulary()[0]),
+        "width": 64,
+        "heads": 4,
+        "layers": 2,
+    }
     text |= {"hf_tokenizer_name": "local", "tokenizer_kwargs": {"clean": "lower"}}
     return {"model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": PREPROCESS}
 

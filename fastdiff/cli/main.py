@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = importlib.import_module(f"fastdiff.cli.{_MODULES.get(words[0], words[0])}")
         return int(command.run(words[1:]))
     except KeyboardInterrupt as interrupt:
-        print(f"\nfastdiff: {interrupt or 'stopped'}", file=sys.stderr)
+        print(f"\nfastdiff: {str(interrupt) or 'stopped'}", file=sys.stderr)
         return 130
     except Exception as error:
         if (message := explain(error)) is None:

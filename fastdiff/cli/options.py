@@ -47,7 +47,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def yaml_words(path: str, values: dict[str, Any], known: Sequence[str]) -> list[str]:
-    """A YAML mapping as words: ``{max_steps: 5, ratio: [1, 5], resume: true}`` to ``--max-steps 5 --ratio 1 5 ...``."""
+    """A YAML mapping as words: ``{max_steps: 5, ratio: [1, 5], resume: true}`` to ``--max-steps=5 --ratio 1 5 ...``."""
     words: list[str] = []
     for key, value in values.items():
         if key not in known:
@@ -59,8 +59,10 @@ def yaml_words(path: str, values: dict[str, Any], known: Sequence[str]) -> list[
         name = key.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
         else:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            words.append(f"--{name}={value}")
     return words
 
 

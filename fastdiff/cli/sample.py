@@ -3,7 +3,6 @@
 A student needs no further option: its folder knows its steps. A teacher takes its pipeline's own defaults unless told.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fastdiff.cli.files import aside
+from fastdiff.cli.loading import open_pipeline
 from fastdiff.cli.options import parse
 from fastdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from torch import Tensor
 
 _SHOWN = 128  # smaller images are enlarged, pixel by pixel, to about this width
 
 
 @dataclass(kw_only=True)
 class Options:
-    pipeline: tyro.conf.Positional[str]
+    pipeline: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """A folder written by fastdiff or diffusers, a hub id, or the bundled teacher `fashion`."""
-    prompt: tuple[str, ...]
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
     """What to draw; several prompts become several rows."""
     num_images: int = 16
     """Images per prompt."""
@@ -43,47 +42,6 @@ class Options:
     """cpu, cuda, mps or auto."""
 
 
-def device_of(name: str) -> str:
-    """The device called ``name``; ``auto`` takes a GPU when there is one."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--device {name} cannot be used here: {reason} Use cpu, or leave it to auto.") from error
-    return name
-
-
-def draw(pipeline: Any, options: Options) -> "list[Image]":
-    """The images of all prompts, in order, from one seeded stream of noise."""
-    import torch
-
-    chosen = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
-    call = {name: value for name, value in chosen.items() if value is not None}
-    generator = torch.Generator().manual_seed(options.seed)
-    prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
-    images: list[Image] = []
-    for start in range(0, len(prompts), options.batch_size):
-        images += pipeline(prompts[start : start + options.batch_size], generator=generator, **call).images
-    return images
-
-
-def grid(images: "list[Image]", columns: int) -> "Image":
-    """The images in rows of ``columns``."""
-    from PIL import Image
-
-    factor = max(1, _SHOWN // images[0].width)
-    width, height = images[0].width * factor, images[0].height * factor
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for i, image in enumerate(images):
-        tile = image.resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(tile, (i % columns * width, i // columns * height))
-    return sheet
-
-
 def check(options: Options) -> None:
     """Refuse what would fail after the drawing."""
     from PIL import Image
@@ -94,8 +52,20 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    if Image.registered_extensions().get(options.output.suffix.lower()) is None:
-        raise UserError(f"--output {options.output} has no suffix of an image file; use one such as grid.png.")
+    if Image.registered_extensions().get(options.output.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--output {options.output} does not end like an image file; use a name such as grid.png.")
+
+
+def draw(pipeline: Any, options: Options) -> "Tensor":
+    """The images [N, 3, H, W] of all prompts in order, from one seeded stream of noise."""
+    import torch
+
+    chosen = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+    call = {name: value for name, value in chosen.items() if value is not None}
+    generator = torch.Generator().manual_seed(options.seed)
+    prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
+    parts = [prompts[start : start + options.batch_size] for start in range(0, len(prompts), options.batch_size)]
+    return torch.cat([pipeline(part, generator=generator, output_type="pt", **call).images for part in parts])
 
 
 def run(argv: Sequence[str]) -> int:
@@ -106,15 +76,13 @@ def run(argv: Sequence[str]) -> int:
 
     chosen = parse(options, argv, command="sample", description="Draw images from a saved pipeline into a grid.")
     check(chosen)
-    from fastdiff.models.teacher import load_pipeline
+    from fastdiff.data.images import save_grid
+    from fastdiff.eval.stats import aside
 
-    pipeline = load_pipeline(chosen.pipeline).to(device_of(chosen.device))
-    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
-        raise UserError(f"{chosen.pipeline} is a {type(pipeline).__name__}, which takes no prompt.")
-    images = draw(pipeline, chosen)
+    images = draw(open_pipeline(chosen.pipeline, chosen.device), chosen)
     several = len(chosen.prompt) > 1
     columns = chosen.num_images if several else max(1, round(chosen.num_images**0.5))
     with aside(chosen.output) as part:
-        grid(images, columns).save(part)
+        save_grid(images, part, columns=columns, zoom=max(1, _SHOWN // images.shape[-1]))
     print(f"{len(images)} images in {chosen.output}")
     return 0

@@ -57,10 +57,9 @@ def _floor(name: str, y: float) -> str:
 
 
 def _point(name: str, x: float, y: float, value: str) -> str:
-    colour = "#c33" if name.startswith("student") else "#36c"
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>' + _text(
-        x + 9, y - 5, f"{name}: {value}", colour
-    )
+    colour, late = "#c33" if name.startswith("student") else "#36c", x > (LEFT + RIGHT) / 2
+    label = _text(x - 9 if late else x + 9, y - 5, f"{name}: {value}", colour, anchor="end" if late else "start")
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>' + label
 
 
 def _text(x: float, y: float, text: str, colour: str = "#222", *, anchor: str = "start") -> str:

@@ -42,13 +42,18 @@ COLUMNS = {
 _LIBRARIES = ("fastdiff", "torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "peft")
 _LABEL, _TEXT = 120, 12  # width of the row labels and height of a line of text, in pixels
 _READING = (
-    "± is one standard error. NFE counts passes of one image through the network: guidance counts two. FD is biased by the "
-    "number of images n: compare rows of equal n only; the row of real images is its floor. Latency is that of one image "
-    "by itself, from prompt to pixels, after warm-up; images/s that of large batches."
+    "± is one standard error. NFE counts passes of one image through the network: guidance counts two. FD is biased by "
+    "the number of images n: compare rows of equal n only; the row of real images is its floor. Latency is that of one "
+    "image by itself, from prompt to pixels, after warm-up; images/s that of large batches."
 )
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
-table{border-collapse:collapse}th,td{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}
-th:first-child,td:first-child{text-align:left}img{max-width:100%}pre{background:#f4f4f4;padding:1em;overflow-x:auto}"""
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222 }
+table { border-collapse: collapse }
+th, td { padding: .3em .7em; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100% }
+pre { background: #f4f4f4; padding: 1em; overflow-x: auto }
+"""
 
 
 def cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
@@ -92,13 +97,10 @@ def grid(images: Mapping[str, Tensor], prompts: Sequence[str], *, columns: int =
     for j, lines in enumerate(titles):
         draw.multiline_text((_LABEL + j * size + 3, 2), "\n".join(lines), fill="black", font=font, spacing=0)
     for i, (name, tensor) in enumerate(images.items()):
-        draw.multiline_text(
-            (3, top + i * size + 4), "\n".join(wrap(name, _LABEL // 7)), fill="black", font=font, spacing=2
-        )
+        label, y = "\n".join(wrap(name, _LABEL // 7)), top + i * size
+        draw.multiline_text((3, y + 4), label, fill="black", font=font, spacing=2)
         for j, image in enumerate(tensor[:columns]):
-            sheet.paste(
-                eight_bit(image).resize((size, size), Image.Resampling.NEAREST), (_LABEL + j * size, top + i * size)
-            )
+            sheet.paste(eight_bit(image).resize((size, size), Image.Resampling.NEAREST), (_LABEL + j * size, y))
     return sheet
 
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file

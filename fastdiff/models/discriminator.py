@@ -56,5 +56,5 @@ class FeatureHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.layers(features.float()).mean(dim=(1, 2, 3))
+        logits: Tensor = self.layers(features).mean(dim=(1, 2, 3))
         return logits

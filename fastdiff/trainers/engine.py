@@ -80,17 +80,17 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
             UserError: training diverged, the disk is full, or there is nothing to resume.
         """
-        self._start()
+        self.start()
         try:
             self._loop()
             return self._finish()
         finally:
-            self._log.close()
-            self._roles.close()
+            self.close()
 
     # --- setting up -------------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Build roles and optimisers, resume if asked to, let the method prepare; ``train`` does this itself."""
         self._make_folder()
         torch.manual_seed(self.config.seed)
         self._roles = Roles(self.teacher, self.method.roles())
@@ -135,21 +135,30 @@ class Trainer:
         )
         return self.accelerator.prepare(optimizer)
 
+    def close(self) -> None:
+        """Close the logs and take the adapters off the teacher."""
+        self._log.close()
+        self._roles.close()
+
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
         previous = signal.getsignal(signal.SIGINT)
         try:
             signal.signal(signal.SIGINT, self._on_interrupt)
-            clock = time.perf_counter()
             while self._step < self.config.max_steps:
-                self._iteration(self._step)
-                self._step += 1
-                self._seconds += (now := time.perf_counter()) - clock
-                clock = now
+                self.advance()
                 self._after_iteration()
         finally:
             signal.signal(signal.SIGINT, previous)
+
+    def advance(self) -> None:
+        """Make one iteration and log it."""
+        clock = time.perf_counter()
+        self._iteration(self._step)
+        self._step += 1
+        self._seconds += time.perf_counter() - clock
+        self._log.step(self._step, self._seconds, self._health)
 
     def _on_interrupt(self, *_: Any) -> None:
         if self._stop_requested:
@@ -205,7 +214,6 @@ class Trainer:
 
     def _after_iteration(self) -> None:
         config, step = self.config, self._step
-        self._log.step(step, self._seconds, self._health)
         last = step == config.max_steps
         if step % config.save_every == 0 or last or self._agreed_to_stop():
             self._save()

@@ -86,7 +86,7 @@ def test_a_bad_yaml_file_is_named_with_the_reason(tmp_path, text, expected):
     path = tmp_path / "run.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UserError, match="--config .*run.yaml") as error:
+    with pytest.raises(UserError, match=r"--config .*run\.yaml") as error:
         yaml_words(str(path), read_yaml(str(path)), field_names(Run, Paper))
     assert expected in str(error.value)
 

@@ -1,0 +1,191 @@
+"""``fastdiff eval DIR_OR_ID ...``: pipelines side by side, in a table, a JSON file and a page.
+
+In the bundled world every row gets FD[fashion], CLIP and attribute scores, and a row of real photographs is the floor.
+Elsewhere there are no reference statistics: the rows hold the cost, and the page shows the pictures. Folders with a
+``fastdiff.json`` are students and are called bare; the other pipeline, at most one, is the teacher.
+"""
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from fastdiff.cli.loading import open_pipeline
+from fastdiff.cli.options import parse
+from fastdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from fastdiff.eval.evaluate import Result
+
+Progress = Callable[[float, str], None]
+_WORLD_IMAGES, _OTHER_IMAGES = 2000, 8
+
+
+@dataclass(kw_only=True)
+class Measuring:
+    """What the rows are measured with."""
+
+    num_images: int | None = None
+    """Images per row; by default 2000 in the bundled world and 8 elsewhere."""
+    teacher_steps: tuple[int, ...] = (25, 1)
+    """Inference steps of the teacher; each number makes a row."""
+    teacher_guidance_scale: float = 3.0
+    """Classifier-free guidance of the teacher's rows; 1 is off."""
+
+
+@dataclass(kw_only=True)
+class Options:
+    pipelines: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DIR_OR_ID [DIR_OR_ID ...]")]
+    """Folders written by fastdiff or diffusers, hub ids, or the bundled teacher `fashion`."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the rows as JSON."""
+    report: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write one self-contained HTML page."""
+    grid: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None
+    """Write the picture: one row a model, one column a prompt and its noise."""
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """One prompt a line, for pipelines outside the bundled world."""
+    seed: int = 0
+    """Seed of the prompts and of the initial noise."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+
+def of_the_world(pipeline: Any) -> bool:
+    """Whether a pipeline speaks the captions of the bundled world: its tokenizer has exactly that vocabulary."""
+    from fastdiff.data.fashion import vocabulary
+
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    return tokenizer is not None and tokenizer.get_vocab() == vocabulary()[0]
+
+
+def measure(
+    students: dict[str, Any], teacher: Any, measuring: Measuring, *, prompts: Sequence[str] | None, seed: int = 0
+) -> "list[Result]":
+    """One result a row: teacher, students, and in the bundled world real photographs.
+
+    Args:
+        students: pipelines by name; a single one is called "student".
+        teacher: a pipeline or None.
+        prompts: what pipelines outside the bundled world draw.
+
+    Raises:
+        UserError: there are too many or too few images, or no prompts; or images of a pipeline are not finite.
+    """
+    from fastdiff.eval.fashion import fashion_rows
+
+    world = all(map(of_the_world, [*students.values(), *([teacher] if teacher is not None else [])]))
+    n = measuring.num_images if measuring.num_images is not None else (_WORLD_IMAGES if world else _OTHER_IMAGES)
+    if n < 2 or (world and n > _WORLD_IMAGES):
+        most = f" and at most {_WORLD_IMAGES}, the number of held-out photographs" if world else ""
+        raise UserError(f"--num-images is {n}; it must be at least 2{most}.")
+    if min(measuring.teacher_steps, default=1) < 1:
+        raise UserError(f"--teacher-steps holds {min(measuring.teacher_steps)}; each must be at least 1.")
+    asked = [] if world else drawn(prompts or [], n)
+    try:
+        with _progress() as progress:
+            if not world:
+                return _costs(students, teacher, measuring, asked, seed, progress)
+            return fashion_rows(
+                next(iter(students.values())) if len(students) == 1 else students,
+                teacher,
+                n=n,
+                seed=seed,
+                guidance_scale=measuring.teacher_guidance_scale,
+                teacher_steps=measuring.teacher_steps,
+                progress=progress,
+            )
+    except ValueError as error:  # the evaluation's own: what it says is about the images
+        raise UserError(str(error)) from error
+
+
+def drawn(prompts: Sequence[str], n: int) -> list[str]:
+    """``n`` prompts, the given ones again and again."""
+    if not prompts:
+        raise UserError(
+            "nothing to draw: outside the bundled world give --prompts, a text file with one prompt a line."
+        )
+    return [prompts[i % len(prompts)] for i in range(n)]
+
+
+def _costs(
+    students: dict[str, Any], teacher: Any, measuring: Measuring, prompts: list[str], seed: int, progress: Progress
+) -> "list[Result]":
+    from fastdiff.eval.evaluate import evaluate, pipeline_subject
+
+    steps = measuring.teacher_steps if teacher is not None else ()
+    scale = measuring.teacher_guidance_scale
+    subjects = [pipeline_subject("teacher", teacher, steps=k, guidance_scale=scale) for k in steps]
+    for name, pipeline in students.items():
+        subjects.append(pipeline_subject(f"student {name}" if len(students) > 1 else "student", pipeline))
+    results = []
+    for i, subject in enumerate(subjects):
+        progress(i / len(subjects), subject.name)
+        results.append(evaluate(subject, prompts, lambda images, captions: {}, seed=seed, batch_size=1, repeats=3))
+    return results
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from tqdm import tqdm
+
+    with tqdm(
+        total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", dynamic_ncols=True
+    ) as bar:
+
+        def report(share: float, label: str) -> None:
+            bar.set_description_str(f"evaluating {label}", refresh=False)
+            bar.update(100 * share - bar.n)
+
+        yield report
+        bar.update(100 - bar.n)
+
+
+def check(options: Options) -> tuple[dict[str, str], str | None]:
+    """The students by the name of their row, and the teacher; a ``UserError`` before anything is loaded."""
+    names = list(dict.fromkeys(options.pipelines))
+    if not names:
+        raise UserError("no pipeline to evaluate; give one or more folders, hub ids, or `fashion`.")
+    students = [name for name in names if (Path(name) / "fastdiff.json").is_file()]
+    teachers = [name for name in names if name not in students]
+    if len(teachers) > 1:
+        raise UserError(f"{' and '.join(teachers)} are no students of fastdiff; evaluate one teacher at a time.")
+    short = len({Path(name).name for name in students}) == len(students)
+    return {Path(name).name if short else name: name for name in students}, teachers[0] if teachers else None
+
+
+def read_prompts_of(path: Path | None) -> list[str] | None:
+    """The lines of a prompts file."""
+    from fastdiff.data.prompts import read_prompts
+
+    nobody: Any = None  # a teacher is asked only when there is no file
+    return None if path is None else read_prompts(path, nobody)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure, print the table, write what was asked for."""
+
+    def options(options: Options, measuring: Measuring) -> tuple[Options, Measuring]:
+        return options, measuring
+
+    chosen, measuring = parse(options, argv, command="eval", description="Measure pipelines side by side.")
+    students, teacher = check(chosen)
+    prompts = read_prompts_of(chosen.prompts)
+    from fastdiff.eval.report import environment, grid_png, html_report, rows_json, table
+
+    opened = None if teacher is None else open_pipeline(teacher, chosen.device)
+    pipelines = {name: open_pipeline(folder, chosen.device) for name, folder in students.items()}
+    results = measure(pipelines, opened, measuring, prompts=prompts, seed=chosen.seed)
+    print(table([result.row() for result in results]))
+    command = shlex.join(["fastdiff", "eval", *argv])
+    if chosen.json:
+        rows_json(chosen.json, results, seed=chosen.seed, command=command, environment=environment())
+    if chosen.report:
+        html_report(chosen.report, results, command=command, facts={"seed": chosen.seed})
+    if chosen.grid:
+        grid_png(chosen.grid, {result.model: result.images for result in results}, results[0].prompts)
+    return 0

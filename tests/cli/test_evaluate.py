@@ -1,0 +1,74 @@
+"""``fastdiff eval``: rows of pipelines from anywhere."""
+
+import json
+
+import pytest
+
+from fastdiff.cli.evaluate import Options as EvalOptions
+from fastdiff.cli.evaluate import check, of_the_world
+from fastdiff.cli.main import main
+from fastdiff.errors import UserError
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a zebra\n")
+    return path
+
+
+def test_a_teacher_from_elsewhere_gets_rows_of_cost_and_every_output(stranger, prompts, tmp_path, capsys):
+    words = ["eval", str(stranger), "--prompts", str(prompts), "--num-images", "2", "--teacher-steps", "3", "1"]
+    outputs = [
+        f"--{kind}={tmp_path / 'out' / kind}.{end}"
+        for kind, end in (("json", "json"), ("report", "html"), ("grid", "png"))
+    ]
+    assert main([*words, *outputs]) == 0
+    rows = json.loads((tmp_path / "out" / "json.json").read_text())["rows"]
+    assert [(row["model"], row["nfe"], row["n"]) for row in rows] == [
+        ("teacher (3 steps)", 6, 2),
+        ("teacher (1 step)", 2, 2),
+    ]
+    shown = capsys.readouterr().out
+    assert all(row["model"] in shown for row in rows)
+    assert "teacher (3 steps)" in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_students_are_told_by_their_note_and_named_by_their_folder(tmp_path):
+    for name in ("a/one", "a/two", "b/one"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "fastdiff.json").write_text("{}")
+    one, two, other = (str(tmp_path / name) for name in ("a/one", "a/two", "b/one"))
+    assert check(EvalOptions(pipelines=("fashion", one, two))) == ({"one": one, "two": two}, "fashion")
+    assert check(EvalOptions(pipelines=(one, other))) == ({one: one, other: other}, None)
+    with pytest.raises(UserError, match="one teacher at a time"):
+        check(EvalOptions(pipelines=("fashion", "owner/model")))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--num-images", "1"], "--num-images is 1; it must be at least 2."),
+        (["--teacher-steps", "0"], "--teacher-steps holds 0"),
+        (["--prompts", "missing.txt"], "no prompts file missing.txt"),
+        ([], "give --prompts"),
+    ],
+)
+def test_wrong_options_are_one_line(words, expected, stranger, capsys):
+    assert main(["eval", str(stranger), *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fastdiff: ")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_the_world_is_known_by_its_vocabulary(stranger):
+    from fastdiff.data.fashion import tokenizer
+    from fastdiff.models.teacher import load_pipeline
+
+    pipeline = load_pipeline(stranger)
+    assert not of_the_world(pipeline)
+    pipeline.tokenizer = tokenizer()
+    assert of_the_world(pipeline)

@@ -1,0 +1,70 @@
+"""``fastdiff sample``: the picture, and nothing half-written."""
+
+import errno
+
+import pytest
+from PIL import Image
+
+from fastdiff.cli.main import main
+
+
+def test_one_prompt_makes_a_square_and_several_make_rows(stranger, tmp_path, capsys):
+    folder = str(stranger)
+    one, rows = tmp_path / "deep" / "one.png", tmp_path / "rows.png"
+    assert (
+        main(["sample", folder, "--prompt", "a zebra", "--num-images", "4", "--steps", "2", "--output", str(one)]) == 0
+    )
+    assert capsys.readouterr().out == f"4 images in {one}\n"
+    assert Image.open(one).size == (256, 256)
+    several = ["--prompt", "a zebra", "a boot", "--num-images", "3", "--batch-size", "2", "--steps", "1"]
+    assert main(["sample", folder, *several, "--output", str(rows)]) == 0
+    assert Image.open(rows).size == (384, 256)
+
+
+def test_the_seed_decides_the_picture(stranger, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        words = ["--prompt", "a zebra", "--num-images", "1", "--steps", "1", "--seed", seed]
+        assert main(["sample", str(stranger), *words, "--output", str(tmp_path / f"{name}.png")]) == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", "x", "--num-images", "0"], "--num-images is 0"),
+        (["--prompt", "x", "--steps", "-1"], "--steps is -1"),
+        (["--prompt", "x", "--output", "grid.txt"], "does not end like an image file"),
+        (["--prompt", "x", "--device", "quantum"], "--device quantum cannot be used here"),
+    ],
+)
+def test_wrong_options_are_one_line(words, expected, stranger, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", str(stranger), *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fastdiff: ")
+    assert err.count("\n") == 1
+    assert expected in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_picture_and_no_part_of_the_new(stranger, tmp_path, monkeypatch, capsys):
+    import fastdiff.data.images
+
+    output = tmp_path / "grid.png"
+    output.write_bytes(b"old")
+
+    def full(images, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(fastdiff.data.images, "save_grid", full)
+    assert (
+        main(["sample", str(stranger), "--prompt", "x", "--num-images", "1", "--steps", "1", "--output", str(output)])
+        == 2
+    )
+    assert "the disk is full" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+    assert output.read_bytes() == b"old"

@@ -1,0 +1,108 @@
+"""The exported folder: one call, stock classes, and a proof that can fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_pipeline, tiny_teacher
+
+from fastdiff.errors import UserError
+from fastdiff.models.denoiser import Denoiser
+from fastdiff.pipelines.export import export_one_step, verify_export
+from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
+from fastdiff.trainers.method import one_step
+
+NOTE = {"method": "test"}
+
+
+@pytest.mark.parametrize("timestep", [399, 999])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_one_time_for_every_number_of_steps_up_to_fifty(timestep: int, prediction_type: str) -> None:
+    alpha_bar = 0.00466 if timestep == 999 else 0.3
+    scheduler = one_step_scheduler(alpha_bar, timestep=timestep, prediction_type=prediction_type)
+    for n in range(1, 51):
+        scheduler.set_timesteps(n)
+        assert scheduler.timesteps.tolist() == [timestep]
+    assert abs(scheduler.alphas_cumprod[timestep].double() / alpha_bar - 1) < 1e-6
+    a, s = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    x, out = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    x0 = (x - s * out) / a if prediction_type == "epsilon" else a * x - s * out
+    got = scheduler.step(out, timestep, x).prev_sample
+    assert (got - x0).abs().max() < 1e-5 * x0.abs().max()
+
+
+def test_zero_terminal_snr_is_refused() -> None:
+    with pytest.raises(ValueError, match="alpha_bar"):
+        one_step_scheduler(0.0)
+
+
+def test_a_zero_guidance_embedding_changes_no_bit() -> None:
+    unet = tiny_pipeline().unet
+    student = without_guidance(unet)
+    x, t, c = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.randn(3, 16, unet.config.cross_attention_dim)
+    with torch.no_grad():
+        plain = unet(x, t, c).sample
+        for scale in (0.0, 7.5):
+            embedded = student(x, t, c, timestep_cond=torch.full((3, 4), scale)).sample
+            assert torch.equal(plain, embedded)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object, object]:
+    folder, teacher = tmp_path_factory.mktemp("student"), tiny_teacher()
+    pipeline = export_one_step(teacher, teacher.family.backbone, folder, note=NOTE, prompt="a red boot on a white background")
+    return folder, teacher, pipeline
+
+
+def test_the_bare_call_is_one_network_call_of_batch_one(exported: tuple[Path, object, object]) -> None:
+    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+    for load in (DiffusionPipeline, AutoPipelineForText2Image):
+        pipeline = load.from_pretrained(exported[0], use_safetensors=True)
+        assert type(pipeline).__name__ == "StableDiffusionPipeline"
+        pipeline.set_progress_bar_config(disable=True)
+        calls: list[int] = []
+        pipeline.unet.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(len(inputs[0])))
+        image = pipeline("a red boot on a white background").images[0]
+        assert calls == [1]
+        assert image.size == (32, 32)
+
+
+def test_the_folder_says_what_it_is(exported: tuple[Path, object, object]) -> None:
+    from diffusers import LCMScheduler
+
+    folder = exported[0]
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert json.loads((folder / "fastdiff.json").read_text()) == NOTE
+    assert (folder / "tokenizer" / "merges.txt").exists()
+    lcm = LCMScheduler.from_pretrained(folder, subfolder="scheduler_lcm")
+    lcm.set_timesteps(1)
+    assert lcm.timesteps.tolist() == [999]
+    assert not list(folder.glob(".export*"))
+
+
+def test_the_child_process_reproduces_the_samples_and_notices_other_weights(exported: tuple[Path, object, object]) -> None:
+    folder, teacher, _ = exported
+    prompts = ["a red boot on a white background", "a blue bag on a black background"]
+    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    student = Denoiser(teacher.denoiser.network, teacher.process, teacher.prediction_type)
+    with torch.no_grad():
+        expected = teacher.decode(one_step(student, noise, teacher.encode(prompts)))
+    assert verify_export(folder, prompts, noise, expected) < 1e-5
+    with pytest.raises(RuntimeError, match="differs from the trainer"):
+        verify_export(folder, prompts, noise, (expected + 1e-3).clamp(0, 1))
+
+
+def test_a_full_disk_leaves_nothing_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_teacher()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(teacher.pipeline), "save_pretrained", full)
+    with pytest.raises(UserError, match="No space left"):
+        export_one_step(teacher, teacher.family.backbone, tmp_path, note=NOTE, prompt="x")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,109 @@
+"""DMD2: what its losses are, term by term."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_teacher
+
+from fastdiff import Trainer
+from fastdiff.trainers import DMD2
+from fastdiff.trainers.method import due, one_step
+
+PAIRS = {"pairs": 12, "pair_steps": 2}
+
+
+def started(tmp_path: Path, **fields: object) -> Trainer:
+    run = Trainer(DMD2(**fields), tiny_teacher(), output_dir=tmp_path, max_steps=9, batch_size=4)
+    run.start()
+    return run
+
+
+def shake(run: Trainer, role: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for p in run._roles.parameters(role):
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+
+
+@pytest.mark.parametrize("fake_score", ["full", "lora"])
+def test_equal_scores_give_the_student_zero_gradient(fake_score: str, tmp_path: Path) -> None:
+    run = started(tmp_path, guidance_scale=1.0, fake_score=fake_score)  # both start from the teacher
+    run._backward("student", run._micro_batches(0), ("student",))
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in run._roles.parameters("student"))
+    run.close()
+
+
+def test_student_gradient_is_the_formula_and_only_the_teacher_is_guided(tmp_path: Path) -> None:
+    run = started(tmp_path, guidance_scale=2.0)
+    shake(run, "fake_score")
+    batch = run._micro_batches(0)[0]
+    run._backward("student", [batch], ("student",))
+    got = torch.cat([p.grad.flatten() for p in run._roles.parameters("student") if p.grad is not None])
+    for p in run._roles.parameters("student"):
+        p.grad = None
+    roles = run._roles
+    x = one_step(roles.denoiser("student"), batch.noise("z"), batch.cond)
+    t, eps = batch.times("student_t", 20, 980), batch.noise("student_eps")
+    with torch.no_grad():
+        x_t = run.teacher.process.add_noise(x, eps, t)
+        teacher = roles.denoiser("teacher")
+        cond, null = teacher(x_t, t, batch.cond).x0, teacher(x_t, t, batch.null).x0
+        real, fake = null + 2.0 * (cond - null), roles.denoiser("fake_score")(x_t, t, batch.cond).x0
+        normaliser = torch.stack([(a - b).abs().mean() for a, b in zip(x, real, strict=True)])
+        gradient = (fake - real) / normaliser[:, None, None, None]
+    (gradient * x).sum().div(x.numel()).backward()
+    want = torch.cat([p.grad.flatten() for p in roles.parameters("student") if p.grad is not None])
+    run.close()
+    assert want.norm() > 0
+    assert (got - want).norm() < 1e-4 * want.norm()
+
+
+@pytest.mark.parametrize("ratio", [(1, 5), (1, 1), (2, 3), (3, 7)])
+def test_the_ratio_counts_student_and_fake_score_updates(ratio: tuple[int, int]) -> None:
+    method = DMD2(ratio=ratio)
+    made = [update for step in range(10 * ratio[1]) for update in method.updates(step)]
+    assert made.count("student") == 10 * ratio[0]
+    assert made.count("fake_score") == 10 * ratio[1]
+    assert due(0, ratio)
+
+
+def test_bad_fields_are_refused() -> None:
+    with pytest.raises(ValueError, match="full or lora"):
+        DMD2(fake_score="adapter")
+    with pytest.raises(ValueError, match="ratio"):
+        DMD2(ratio=(5, 1))
+
+
+def test_gan_off_has_no_discriminator_and_no_pairs(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    assert set(run._optimizers) == {"student", "fake_score"}
+    assert not list(tmp_path.glob("pairs*"))
+    assert set(run.method.loss("student", run._micro_batches(0)[0], run._roles)) == {"dmd"}
+    run.close()
+
+
+def test_gan_reaches_student_through_the_frozen_fake_score_and_back(tmp_path: Path) -> None:
+    run = started(tmp_path, guidance_scale=1.0, gan_weight=1e-3, **PAIRS)
+    batch = run._micro_batches(0)[0]
+    run._backward("student", [batch], ("student",))  # the DMD term is zero here: what arrives is the GAN's
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in run._roles.parameters("student"))
+    assert all(p.grad is None for n in ("fake_score", "discriminator") for p in run._roles.parameters(n))
+    for p in run._roles.parameters("student"):
+        p.grad = None
+    run._roles.train_only("fake_score", "discriminator")
+    run.method.loss("fake_score", batch, run._roles)["discriminator"].backward()
+    encoder = dict(run._roles.modules["fake_score"].named_parameters())
+    assert encoder["conv_in.weight"].grad.abs().max() > 0
+    assert encoder["conv_out.weight"].grad is None  # the decoder half did not run
+    assert all(p.grad is not None for p in run._roles.parameters("discriminator"))
+    assert all(p.grad is None for p in run._roles.parameters("student"))
+    run.close()
+
+
+def test_an_iteration_without_student_update_builds_no_student_graph(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    batch = run._micro_batches(1)[0]
+    run._roles.train_only("fake_score")
+    run.method.loss("fake_score", batch, run._roles)
+    assert not batch.memo["x"].requires_grad
+    run.close()

@@ -11,7 +11,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def tiny_unet() -> UNet2DConditionModel:
-    """0.15 M parameters on 8x8x4 latents and 16 text states of width 32; the bottleneck is 4x4 of width 32."""
+    """0.25 M parameters on 8x8x4 latents and 16 text states of width 32; the bottleneck is 4x4 of width 32."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),

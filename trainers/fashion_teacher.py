@@ -3,7 +3,7 @@
 The autoencoder (trainers/fashion_autoencoder.py) comes first. UNet and text encoder are trained together by denoising score
 matching with min-SNR weights and 10 % empty captions, so that classifier-free guidance works.
 
-python trainers/fashion_teacher.py --vae runs/fashion-vae --output fastdiff/assets/fashion --minutes 60
+python trainers/fashion_teacher.py --vae runs/fashion-vae-2 --output fastdiff/assets/fashion --minutes 46
 """
 
 import time
@@ -53,7 +53,7 @@ def new_pipeline(vae: AutoencoderKL) -> StableDiffusionPipeline:
 def encode(vae: AutoencoderKL, data: Coloured, rounds: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
     latents, texts = [], []
     for _ in range(rounds):
-        for index in torch.arange(len(data)).split(500):
+        for index in torch.arange(len(data)).split(100):
             images, _, captions = data.pick(index, generator)
             latents.append(vae.encode(2 * images - 1).latent_dist.mean * vae.config.scaling_factor)
             texts += captions
@@ -69,12 +69,12 @@ def save(pipeline: StableDiffusionPipeline, ema: EMAModel, parameters: list[torc
 
 
 def main(
-    vae: Path = Path("runs/fashion-vae"),
+    vae: Path = Path("runs/fashion-vae-2"),
     output: Path = Path("fastdiff/assets/fashion"),
-    minutes: float = 60,
+    minutes: float = 46,
     batch_size: int = 64,
     lr: float = 1e-3,
-    rounds: int = 3,
+    rounds: int = 2,
     save_every: int = 2000,
     seed: int = 0,
 ) -> None:

@@ -17,7 +17,6 @@ from fastdiff.cli.evaluate import Measuring, measure
 from fastdiff.cli.loading import quiet
 from fastdiff.cli.methods import Entry, find, methods
 from fastdiff.cli.options import field_names, parse, read_yaml, take_option, yaml_words
-from fastdiff.errors import UserError
 
 if TYPE_CHECKING:
     from fastdiff.eval.evaluate import Result
@@ -109,8 +108,6 @@ def run(argv: Sequence[str]) -> int:
     from fastdiff.models.teacher import Teacher
     from fastdiff.trainers.engine import Trainer
 
-    if options.prompts is not None and not options.prompts.is_file():
-        raise UserError(f"no prompts file {options.prompts}; pass a text file with one prompt a line.")
     quiet()
     teacher = Teacher.from_pretrained(options.teacher)
     trainer = Trainer(method, teacher, prompts=options.prompts, config=config)
@@ -118,12 +115,14 @@ def run(argv: Sequence[str]) -> int:
         pipeline = trainer.train()
     if pipeline is None:  # a process of several that has nothing to save
         return 0
-    results = _evaluated(trainer, pipeline, options.teacher, measuring) if options.evaluate else []
-    report(trainer, results, command=shlex.join(["fastdiff", "distill", *argv]))
+    results, facts = _evaluated(trainer, pipeline, options.teacher, measuring) if options.evaluate else ([], {})
+    report(trainer, results, facts, command=shlex.join(["fastdiff", "distill", *argv]))
     return 0
 
 
-def _evaluated(trainer: "Trainer", pipeline: Any, teacher: str, measuring: Measuring) -> "list[Result]":
+def _evaluated(
+    trainer: "Trainer", pipeline: Any, teacher: str, measuring: Measuring
+) -> "tuple[list[Result], dict[str, Any]]":
     folder, prompts = trainer.config.output_dir, trainer.prompts.prompts
     try:
         return measure({"student": pipeline}, trainer.teacher.pipeline, measuring, prompts=prompts)
@@ -134,17 +133,19 @@ def _evaluated(trainer: "Trainer", pipeline: Any, teacher: str, measuring: Measu
         ) from stop
 
 
-def report(trainer: "Trainer", results: "list[Result]", *, command: str) -> None:
+def report(trainer: "Trainer", results: "list[Result]", facts: dict[str, Any], *, command: str) -> None:
     """Print the table; write ``result.json``, with results ``report.html`` and ``grid.png`` too; say where to look."""
     from fastdiff.eval.report import environment, grid_png, html_report, rows_json, table
 
     folder = trainer.config.output_dir
     if results:
         print(f"\n{table([result.row() for result in results])}\n")
-    rows_json(folder / "result.json", results, **trainer.result, command=command, environment=environment())
+    about = {"evaluation": facts, "command": command, "environment": environment()}
+    rows_json(folder / "result.json", results, **trainer.result, **about)
     if results:
         title = f"{trainer.result['method']} student of {trainer.teacher.name}"
-        html_report(folder / "report.html", results, title=title, command=command, facts=trainer.result)
+        shown = {**trainer.result, **{f"evaluation, {name}": value for name, value in facts.items()}}
+        html_report(folder / "report.html", results, title=title, command=command, facts=shown)
         grid_png(folder / "grid.png", {result.model: result.images for result in results}, results[0].prompts)
         print(f"picture  {folder / 'grid.png'}\nreport   {folder / 'report.html'}")
     print(f'student  {folder}, for plain diffusers: DiffusionPipeline.from_pretrained("{folder}")(prompt).images[0]')

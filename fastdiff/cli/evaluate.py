@@ -65,8 +65,8 @@ def of_the_world(pipeline: Any) -> bool:
 
 def measure(
     students: dict[str, Any], teacher: Any, measuring: Measuring, *, prompts: Sequence[str] | None, seed: int = 0
-) -> "list[Result]":
-    """One result a row: teacher, students, and in the bundled world real photographs.
+) -> "tuple[list[Result], dict[str, Any]]":
+    """One result a row (teacher, students, in the bundled world real photographs), and the conventions of the scores.
 
     Args:
         students: pipelines by name; a single one is called "student".
@@ -76,8 +76,6 @@ def measure(
     Raises:
         UserError: there are too many or too few images, or no prompts; or images of a pipeline are not finite.
     """
-    from fastdiff.eval.fashion import fashion_rows
-
     world = all(map(of_the_world, [*students.values(), *([teacher] if teacher is not None else [])]))
     n = measuring.num_images if measuring.num_images is not None else (_WORLD_IMAGES if world else _OTHER_IMAGES)
     if n < 2 or (world and n > _WORLD_IMAGES):
@@ -87,20 +85,32 @@ def measure(
         raise UserError(f"--teacher-steps holds {min(measuring.teacher_steps)}; each must be at least 1.")
     asked = [] if world else drawn(prompts or [], n)
     try:
-        with _progress() as progress:
-            if not world:
-                return _costs(students, teacher, measuring, asked, seed, progress)
-            return fashion_rows(
-                next(iter(students.values())) if len(students) == 1 else students,
-                teacher,
-                n=n,
-                seed=seed,
-                guidance_scale=measuring.teacher_guidance_scale,
-                teacher_steps=measuring.teacher_steps,
-                progress=progress,
-            )
+        if world:
+            return _scores(students, teacher, measuring, n, seed)
+        return _costs(students, teacher, measuring, asked, seed), {"seed": seed}
     except ValueError as error:  # the evaluation's own: what it says is about the images
         raise UserError(str(error)) from error
+
+
+def _scores(
+    students: dict[str, Any], teacher: Any, measuring: Measuring, n: int, seed: int
+) -> "tuple[list[Result], dict[str, Any]]":
+    from fastdiff.eval.fashion import FashionMetrics, fashion_rows
+
+    metric = FashionMetrics.load()
+    with _progress() as progress:
+        results = fashion_rows(
+            next(iter(students.values())) if len(students) == 1 else students,
+            teacher,
+            n=n,
+            seed=seed,
+            guidance_scale=measuring.teacher_guidance_scale,
+            teacher_steps=measuring.teacher_steps,
+            metric=metric,
+            progress=progress,
+        )
+    conventions = {f"CLIP score: {name}": value for name, value in metric.clip.conventions.items()}
+    return results, {"seed": seed, **conventions}
 
 
 def drawn(prompts: Sequence[str], n: int) -> list[str]:
@@ -113,7 +123,7 @@ def drawn(prompts: Sequence[str], n: int) -> list[str]:
 
 
 def _costs(
-    students: dict[str, Any], teacher: Any, measuring: Measuring, prompts: list[str], seed: int, progress: Progress
+    students: dict[str, Any], teacher: Any, measuring: Measuring, prompts: list[str], seed: int
 ) -> "list[Result]":
     from fastdiff.eval.evaluate import evaluate, pipeline_subject
 
@@ -123,9 +133,10 @@ def _costs(
     for name, pipeline in students.items():
         subjects.append(pipeline_subject(f"student {name}" if len(students) > 1 else "student", pipeline))
     results = []
-    for i, subject in enumerate(subjects):
-        progress(i / len(subjects), subject.name)
-        results.append(evaluate(subject, prompts, lambda images, captions: {}, seed=seed, batch_size=1, repeats=3))
+    with _progress() as progress:
+        for i, subject in enumerate(subjects):
+            progress(i / len(subjects), subject.name)
+            results.append(evaluate(subject, prompts, lambda images, captions: {}, seed=seed, batch_size=1, repeats=3))
     return results
 
 
@@ -179,13 +190,13 @@ def run(argv: Sequence[str]) -> int:
 
     opened = None if teacher is None else open_pipeline(teacher, chosen.device)
     pipelines = {name: open_pipeline(folder, chosen.device) for name, folder in students.items()}
-    results = measure(pipelines, opened, measuring, prompts=prompts, seed=chosen.seed)
+    results, facts = measure(pipelines, opened, measuring, prompts=prompts, seed=chosen.seed)
     print(table([result.row() for result in results]))
     command = shlex.join(["fastdiff", "eval", *argv])
     if chosen.json:
-        rows_json(chosen.json, results, seed=chosen.seed, command=command, environment=environment())
+        rows_json(chosen.json, results, evaluation=facts, command=command, environment=environment())
     if chosen.report:
-        html_report(chosen.report, results, command=command, facts={"seed": chosen.seed})
+        html_report(chosen.report, results, command=command, facts=facts)
     if chosen.grid:
         grid_png(chosen.grid, {result.model: result.images for result in results}, results[0].prompts)
     return 0

@@ -84,8 +84,7 @@ def evaluate(
 
     Args:
         metric: images [N, 3, H, W] and captions to named numbers, the quality columns of the row.
-        seed: batch i draws from a generator seeded with (seed, i), so that subjects of equal latent shape share their
-            noise.
+        seed: batch i draws from ``noise(seed, i)``, so that subjects of equal latent shape share their initial noise.
         batch_size: images a call, for throughput and peak memory; the latency is that of a single image.
         repeats: timed single images.
         progress: called with the number of images that have just been finished.
@@ -160,8 +159,7 @@ def initial_latents(pipeline: Any, n: int, generator: torch.Generator) -> Tensor
 def pipeline_subject(
     name: str, pipeline: Any, *, steps: int | None = None, guidance_scale: float | None = None
 ) -> Subject:
-    """A diffusers text-to-image pipeline as a subject; without steps and guidance it is called bare, as its folder
-    says.
+    """A diffusers text-to-image pipeline as a subject; without steps and guidance it is called bare.
 
     The steps of a bare call, and whether it guides, are found by drawing one image.
     """

@@ -110,8 +110,8 @@ def fashion_rows(
         progress: called with the share of the work that is done and the row in work.
 
     Returns:
-        "teacher (25 steps)", "teacher (1 step)", "student (1 step)", "real (held-out)"; a named student is "student
-        NAME (..)".
+        Rows "teacher (25 steps)", "teacher (1 step)", "student (1 step)" and "real (held-out)"; students of a mapping
+        are called "student NAME (1 step)".
     """
     prompts, metric = random_captions(n, seed), metric or FashionMetrics.load()
     held_out = real_images(prompts, bank=bank)

@@ -51,7 +51,7 @@ def test_students_are_told_by_their_note_and_named_by_their_folder(tmp_path):
     [
         (["--num-images", "1"], "--num-images is 1; it must be at least 2."),
         (["--teacher-steps", "0"], "--teacher-steps holds 0"),
-        (["--prompts", "missing.txt"], "no prompts file missing.txt"),
+        (["--prompts", "missing.txt"], "cannot read the prompts file missing.txt"),
         ([], "give --prompts"),
     ],
 )

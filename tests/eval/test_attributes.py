@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data.fashion import COLOURS, GARMENTS, Attributes, Coloured, captions, colourise, palette, parse
-from fastdiff.eval.attributes import attribute_score, attributes, background_colour, foreground_colour
+from fastdiff.eval.attributes import attribute_score, attributes, background_colour, foreground_colour, segment_distance
 
 NAMES = list(COLOURS)
 
@@ -70,6 +70,18 @@ def test_captions_of_another_world_are_refused():
         attribute_score(torch.zeros(1, 3, 32, 32), ["a photo of a dog"], StripeReader())
     with pytest.raises(ValueError, match="2 images and 1 captions"):
         attribute_score(torch.zeros(2, 3, 32, 32), [captions()[0]], StripeReader())
+
+
+def test_distance_is_to_the_segment_not_to_the_line():
+    images = torch.rand(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    background, colours = torch.tensor([0, 1, 2, 5, 7]), palette()
+    g = torch.linspace(0, 1, 1001)[:, None]
+    for image, b, found in zip(images, background.tolist(), segment_distance(images, background), strict=True):
+        for k in set(range(8)) - {b}:
+            points = colours[b] + g * (colours[k] - colours[b])
+            nearest = torch.cdist(image.flatten(1).T, points).amin(dim=1)
+            assert found[k].item() == pytest.approx(nearest.square().mean().item(), abs=1e-5)
+        assert found[b] == torch.inf
 
 
 def test_a_background_is_never_its_own_foreground():

@@ -129,6 +129,14 @@ def test_standard_error_is_the_spread_of_repeated_draws(shift):
     assert 0.75 < ratio < 1.3
 
 
+def test_standard_error_in_closed_form():
+    cov = spd(3, 12)
+    shifted = frechet(law(vector(3, 0, 0), cov, n=100), law(torch.zeros(3), cov))
+    assert shifted.se == pytest.approx(2 * 3 * (cov[0, 0].item() / 100) ** 0.5, rel=1e-9)  # 2 |delta| sd / sqrt(n)
+    wider = frechet(law(vector(0), vector(4).diag(), n=100), law(vector(0), vector(1).diag()))
+    assert wider.se == pytest.approx((2 * (0.5 * 4) ** 2 / 100) ** 0.5, rel=1e-9)  # I - T = 1 - 1/2
+
+
 def test_standard_error_without_features_is_that_of_a_gaussian():
     cov = spd(4, 10)
     x, reference = draw(40_000, torch.full((4,), 0.3).double(), cov, 3), law(torch.zeros(4), spd(4, 11))

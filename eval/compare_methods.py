@@ -1,0 +1,60 @@
+"""Train candidates under the same conditions and write one row a run: how the default of `fastdiff distill` was settled.
+
+A YAML file names the candidates; each value holds `method` and any fields of the method or options of the engine:
+
+    pairs-3000: {method: ode-pairs, pairs: 3000, max_steps: 900}
+
+python eval/compare_methods.py docs/results/default.yaml --output docs/results/default.csv --seeds 0
+"""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import tyro
+import yaml
+
+from fastdiff import Teacher, Trainer
+from fastdiff.eval.fashion import fashion_rows
+from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush
+from fastdiff.trainers.config import Config
+
+METHODS = {method.name(): method for method in (ODEPairs, SwiftBrush, DMD2)}
+COLUMNS = ["candidate", "seed", "steps", "seconds_train", "fd", "fd_se", "attributes", "attributes_se", "clip", "nfe", "settings"]
+
+
+def train(settings: dict, seed: int, folder: Path) -> tuple[object, dict]:
+    method = METHODS[settings["method"]]
+    fields = {field.name for field in dataclasses.fields(method)}
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in fields}
+    rest = {key: value for key, value in settings.items() if key not in fields | {"method"}}
+    config = Config.of(**rest, output_dir=folder, seed=seed, save_every=10**6, validate_every=0)
+    trainer = Trainer(method(**own), Teacher.from_pretrained("fashion"), config=config)
+    return trainer.train(), trainer.result
+
+
+def main(
+    candidates: tyro.conf.Positional[Path],
+    output: Path = Path("docs/results/compare.csv"),
+    seeds: tuple[int, ...] = (0,),
+    only: tuple[str, ...] = (),
+    n: int = 2000,
+    runs: Path = Path("runs/compare"),
+) -> None:
+    new = not output.exists()
+    with output.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        for name, settings in yaml.safe_load(candidates.read_text()).items():
+            for seed in seeds if not only or name in only else ():
+                pipeline, result = train(settings, seed, runs / f"{name}-{seed}")
+                row = fashion_rows({name: pipeline}, None, n=n)[0].row()
+                row |= {"candidate": name, "settings": settings, **{k: result[k] for k in ("seed", "steps", "seconds_train")}}
+                writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+                file.flush()
+                print(f"{name} seed {seed}: FD {row['fd']:.3f} attributes {row['attributes']:.3f} in {row['seconds_train']:.0f} s")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

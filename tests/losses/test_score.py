@@ -1,0 +1,268 @@
+"""Score distillation: gradients, their normalisers and where they vanish."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from tiny import BETAS
+
+from fastdiff.diffusion import GaussianMixture, NoiseProcess, Prediction, process_from_scheduler
+from fastdiff.losses import (
+    denoising,
+    distribution_matching_gradient,
+    pseudo_target,
+    reduce,
+    score_distillation_gradient,
+    variational_score_gradient,
+)
+
+PROCESS: NoiseProcess = process_from_scheduler(DDIMScheduler(**BETAS).config)[0]
+HALF = [torch.bfloat16, torch.float16]
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def images(count: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    return tuple(normal(count, 3, 2, 4, 5, dtype=dtype))
+
+
+# --- the gradients
+
+
+def test_vsd_is_sds_bitwise_when_the_fake_score_is_the_noise() -> None:
+    real, eps = images(2, torch.float32)
+    weight = torch.tensor([0.1, 0.5, 0.9])[:, None, None, None]
+    vsd = variational_score_gradient(real, eps, weight=weight)
+    assert torch.equal(vsd, score_distillation_gradient(real, eps, weight=weight))
+    assert torch.equal(vsd, weight * (real - eps))
+
+
+def test_the_optimal_fake_score_of_one_particle_is_the_noise() -> None:
+    """The score of a point mass at x, seen from x_t, is (x_t - a x) / s = eps: VSD with one particle is SDS."""
+    x, eps = normal(1, 3), normal(5, 3, seed=1)
+    t = torch.tensor([20, 250, 500, 750, 980])
+    dirac = GaussianMixture(x, torch.zeros(1).double(), torch.ones(1).double(), PROCESS)
+    x_t = PROCESS.add_noise(x.expand(5, 3), eps, t)
+    assert (dirac(x_t, t).eps - eps).abs().max() < 1e-12
+
+
+def test_dmd_closed_form_per_sample() -> None:
+    x, real, fake = images(3)
+    got = distribution_matching_gradient(x, real, fake)
+    for i in range(3):
+        want = (fake[i] - real[i]) / ((x[i] - real[i]).abs().sum() / x[i].numel())
+        torch.testing.assert_close(got[i], want, rtol=1e-12, atol=0)
+
+
+def test_another_sample_leaves_the_normaliser_bitwise_alone() -> None:
+    """FastVideo divides by the mean of the whole batch: one far sample then quiets all others."""
+    inputs = images(3, torch.float32)
+    before = distribution_matching_gradient(*inputs)
+    for changed in range(3):
+        others = [v.clone() for v in inputs]
+        others[changed][1] *= 100
+        after = distribution_matching_gradient(*others)
+        assert torch.equal(after[[0, 2]], before[[0, 2]])
+        assert not torch.equal(after[1], before[1])
+
+
+def test_equal_scores_give_zero() -> None:
+    x, real, _ = images(3)
+    assert torch.equal(distribution_matching_gradient(x, real, real.clone()), torch.zeros_like(x))
+    assert torch.equal(variational_score_gradient(real, real.clone(), weight=0.3), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("k", [0.25, 8.0])
+def test_dmd_does_not_depend_on_the_scale_of_latents(k: float) -> None:
+    x, real, fake = images(3)
+    got = distribution_matching_gradient(k * x, k * real, k * fake)
+    assert torch.equal(got, distribution_matching_gradient(x, real, fake))  # powers of two: exact
+
+
+def test_a_sample_that_the_teacher_reproduces_is_not_divided_by_zero() -> None:
+    x, _, fake = images(3)
+    got = distribution_matching_gradient(x, x.clone(), fake, floor=0.5)
+    torch.testing.assert_close(got, (fake - x) / 0.5, rtol=1e-12, atol=0)
+    assert torch.equal(distribution_matching_gradient(x, x.clone(), x.clone()), torch.zeros_like(x))
+
+
+def test_the_three_differences_are_one_direction() -> None:
+    """x0_f - x0_r = (s^2/a)(S_f - S_r), and s^2 (eps_r - eps_f) = a s (x0_f - x0_r)."""
+    t = torch.tensor([20, 500, 980])
+    x_t, real_x0, fake_x0 = images(3)
+    real, fake = Prediction(x_t, t, real_x0, PROCESS), Prediction(x_t, t, fake_x0, PROCESS)
+    a, s = real.alpha, real.sigma
+    torch.testing.assert_close(fake.x0 - real.x0, s.square() / a * (fake.score - real.score), rtol=1e-9, atol=1e-9)
+    vsd = variational_score_gradient(real.eps, fake.eps, weight=s.square())
+    torch.testing.assert_close(vsd, a * s * (fake.x0 - real.x0), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_scores_are_subtracted_in_float32(dtype: torch.dtype) -> None:
+    """Close scores cancel: in bfloat16 their difference has one or two digits left."""
+    x, real, fake = (v.to(dtype) for v in images(3))
+    wide = [v.float() for v in (x, real, fake)]
+    for gradient, inputs, upcast in (
+        (score_distillation_gradient, (real, fake), wide[1:]),
+        (variational_score_gradient, (real, fake), wide[1:]),
+        (distribution_matching_gradient, (x, real, fake), wide),
+    ):
+        got = gradient(*inputs)
+        assert got.dtype == torch.float32, gradient.__name__
+        assert torch.equal(got, gradient(*upcast)), gradient.__name__
+
+
+# --- the loss that has the gradient
+
+
+def test_pseudo_target_has_exactly_this_gradient() -> None:
+    x, gradient, _ = images(3)
+    x.requires_grad_()
+    loss = pseudo_target(x, gradient)
+    torch.testing.assert_close(loss, 0.5 * gradient.square(), rtol=1e-10, atol=1e-12)
+    (got,) = torch.autograd.grad(reduce(loss), x)
+    torch.testing.assert_close(got, gradient / x.numel(), rtol=1e-10, atol=1e-14)
+
+
+def test_pseudo_target_stops_the_gradient_at_the_target_and_at_the_scores() -> None:
+    x, gradient, _ = images(3)
+    x.requires_grad_()
+    gradient.requires_grad_()
+    own = gradient * x  # a gradient that depends on x must not be differentiated
+    (got,) = torch.autograd.grad(pseudo_target(x, own).sum(), x, retain_graph=True)
+    torch.testing.assert_close(got, own.detach(), rtol=1e-10, atol=1e-12)
+    assert torch.autograd.grad(pseudo_target(x, gradient).sum(), gradient, allow_unused=True)[0] is None
+
+
+def test_non_finite_entries_count_as_zero() -> None:
+    x = torch.zeros(4, requires_grad=True)
+    gradient = torch.tensor([1.0, float("nan"), float("inf"), -float("inf")])
+    (got,) = torch.autograd.grad(pseudo_target(x, gradient).sum(), x)
+    assert torch.equal(got, torch.tensor([1.0, 0.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradient"), [(torch.bfloat16, 2.0**-10), (torch.float16, 2.0**-10), (torch.float32, 2.0**-22)]
+)
+def test_pseudo_target_keeps_gradients_that_are_small_beside_x(dtype: torch.dtype, gradient: float) -> None:
+    """x - G rounds to x when |G| is below half a unit of x: the student would stop, without an error."""
+    x = torch.full((3,), 16.0, dtype=dtype, requires_grad=True)
+    loss = pseudo_target(x, torch.full((3,), gradient, dtype=dtype))
+    assert loss.dtype == torch.float32
+    (got,) = torch.autograd.grad(loss.sum(), x)
+    assert torch.equal(got, torch.full((3,), gradient, dtype=dtype))
+
+
+# --- denoising
+
+
+def test_denoising_closed_form_and_change_of_parametrisation() -> None:
+    """|x0' - x0|^2 = (s/a)^2 |eps' - eps|^2 and, variance preserving, |v' - v|^2 = |eps' - eps|^2 / a^2."""
+    t = torch.tensor([20, 500, 980])
+    x_t, x0, other = images(3)
+    p, q = Prediction(x_t, t, x0, PROCESS), Prediction(x_t, t, other, PROCESS)
+    a, s = p.alpha, p.sigma
+    in_eps = denoising(p.eps, q.eps)
+    torch.testing.assert_close(in_eps, (p.eps - q.eps).square(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(denoising(p.x0, q.x0), denoising(p.eps, q.eps, weight=(s / a).square()), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(denoising(p.v, q.v), in_eps / a.square(), rtol=1e-9, atol=1e-12)
+
+
+def test_denoising_is_least_at_the_posterior_mean() -> None:
+    """Expectations over (x0, x_t) by quadrature: the best affine denoiser of N(m, v) is the exact posterior mean."""
+    m, v, t = 0.7, 0.3, torch.tensor([400])
+    z, e, w = quadrature()
+    x0 = m + v**0.5 * z
+    x_t = PROCESS.add_noise(x0, e, t.expand(len(z)))
+    exact = gaussian(m, v**0.5)(x_t, t.expand(len(z))).x0
+    gain, shift = torch.ones(1).double().requires_grad_(), torch.zeros(1).double().requires_grad_()
+    risk = (w * denoising(gain * exact + shift, x0)).sum()
+    gradients = torch.autograd.grad(risk, (gain, shift))
+    assert max(g.abs().item() for g in gradients) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_denoising_of_half_precision_is_float32(dtype: torch.dtype) -> None:
+    a, b = (x.to(dtype) for x in images(2))
+    assert torch.equal(denoising(a, b, weight=0.3), denoising(a.float(), b.float(), weight=0.3))
+    assert denoising(a, b).dtype == torch.float32
+
+
+def test_denoising_numerical_gradient() -> None:
+    a, b = normal(4).requires_grad_(), normal(4, seed=1)
+    assert torch.autograd.gradcheck(lambda x: denoising(x, b, weight=0.3), (a,))
+
+
+# --- stationary points under exact scores
+
+
+def quadrature() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Points z, e [9, 1] and weights [9, 1] that integrate polynomials of degree 5 in two standard normals exactly."""
+    nodes = torch.tensor([-(3**0.5), 0.0, 3**0.5], dtype=torch.float64)
+    weights = torch.tensor([1 / 6, 2 / 3, 1 / 6], dtype=torch.float64)
+    z, e = torch.meshgrid(nodes, nodes, indexing="ij")
+    return z.reshape(-1, 1), e.reshape(-1, 1), torch.outer(weights, weights).reshape(-1, 1)
+
+
+def gaussian(mean: float, std: float) -> GaussianMixture:
+    args = ([[mean]], [std**2], [1.0])
+    return GaussianMixture(*(torch.tensor(x, dtype=torch.float64) for x in args), PROCESS)
+
+
+def generator_gradient(mean: float, std: float, t: int) -> tuple[float, float]:
+    """Exact d(loss)/d(mean, std) of the one-step generator f(z) = mean + std z against N(0.5, 0.8^2), by VSD."""
+    z, e, w = quadrature()
+    parameters = torch.tensor([mean, std], dtype=torch.float64, requires_grad=True)
+    x = parameters[0] + parameters[1] * z
+    times = torch.full((len(z),), t)
+    with torch.no_grad():
+        x_t = PROCESS.add_noise(x, e, times)
+        real, fake = gaussian(0.5, 0.8)(x_t, times), gaussian(mean, std)(x_t, times)
+        gradient = variational_score_gradient(real.eps, fake.eps, weight=real.sigma.square())
+    (got,) = torch.autograd.grad((w * pseudo_target(x, gradient)).sum(), parameters)
+    return got[0].item(), got[1].item()
+
+
+@pytest.mark.parametrize("t", [20, 500, 980])
+def test_vsd_with_exact_gaussian_scores_is_the_closed_form(t: int) -> None:
+    """E[G] = s^3 a (mean - m) / V and E[G z] = s^3 a std (1/V - 1/V_f), with V = a^2 v + s^2."""
+    mean, std = 1.2, 0.5
+    a, s = PROCESS.alpha(torch.tensor(t)).item(), PROCESS.sigma(torch.tensor(t)).item()
+    real, fake = a**2 * 0.8**2 + s**2, a**2 * std**2 + s**2
+    got = generator_gradient(mean, std, t)
+    assert got[0] == pytest.approx(s**3 * a * (mean - 0.5) / real, rel=1e-9)
+    assert got[1] == pytest.approx(s**3 * a * std * (1 / real - 1 / fake), rel=1e-9)
+
+
+@pytest.mark.parametrize("t", [20, 500, 980])
+def test_vsd_vanishes_at_the_optimal_generator_and_points_towards_it(t: int) -> None:
+    assert max(map(abs, generator_gradient(0.5, 0.8, t))) < 1e-12
+    for mean, std in ((1.5, 0.8), (-1.0, 0.8), (0.5, 0.4), (0.5, 2.0)):
+        on_mean, on_std = generator_gradient(mean, std, t)
+        assert on_mean * (mean - 0.5) > 0 or mean == 0.5
+        assert on_std * (std - 0.8) > 0 or std == 0.8
+
+
+def test_dmd_vanishes_for_an_optimal_generator_of_a_mixture() -> None:
+    """The same law written with other components: its exact scores, and so both gradients, agree to rounding."""
+    ring = GaussianMixture.ring(PROCESS)
+    index = torch.tensor([0, 0, *range(1, 8)])
+    weights = torch.tensor([0.3, 0.7, *[1.0] * 7], dtype=torch.float64)
+    same = GaussianMixture(ring.means[index], ring.variances[index], weights, PROCESS)
+    x = ring.sample(64, torch.Generator().manual_seed(0))
+    t = torch.arange(20, 980, 15)
+    x_t = PROCESS.add_noise(x, normal(64, 2), t)
+    real, fake = ring(x_t, t), same(x_t, t)
+    assert distribution_matching_gradient(x, real.x0, fake.x0).abs().max() < 1e-10
+    assert variational_score_gradient(real.eps, fake.eps).abs().max() < 1e-10
+
+
+def test_dmd_has_the_sign_of_the_error_of_the_mean() -> None:
+    z, e, w = quadrature()
+    for mean in (-2.0, 0.4, 0.6, 3.0):
+        for t in (20, 500, 980):
+            x, times = mean + 0.8 * z, torch.full((9,), t)
+            x_t = PROCESS.add_noise(x, e, times)
+            gradient = distribution_matching_gradient(x, gaussian(0.5, 0.8)(x_t, times).x0, gaussian(mean, 0.8)(x_t, times).x0)
+            assert (w * gradient).sum() * (mean - 0.5) > 0

@@ -1,0 +1,33 @@
+"""Conditions as tensors and as dicts of tensors."""
+
+import torch
+
+from fastdiff.models.condition import concat, repeat, take
+
+
+def nested(seed: int, n: int = 3) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    inner = {"pooled": torch.randn(n, 2, generator=generator)}
+    return {"states": torch.randn(n, 4, 2, generator=generator), "added": inner}
+
+
+def test_concat_keeps_the_order_of_its_parts_at_every_depth() -> None:
+    a, b = nested(0), nested(1, n=2)
+    both = concat(a, b)
+    assert torch.equal(both["states"], torch.cat([a["states"], b["states"]]))
+    assert torch.equal(both["added"]["pooled"], torch.cat([a["added"]["pooled"], b["added"]["pooled"]]))
+
+
+def test_take_undoes_concat() -> None:
+    a, b = nested(0), nested(1, n=2)
+    back = take(concat(a, b), torch.tensor([3, 4]))
+    assert torch.equal(back["states"], b["states"])
+    assert torch.equal(take(concat(a, b), slice(0, 3))["added"]["pooled"], a["added"]["pooled"])
+
+
+def test_repeat_copies_no_memory() -> None:
+    one = nested(0, n=1)
+    five = repeat(one, 5)
+    assert torch.equal(five["states"], one["states"].expand(5, 4, 2))
+    assert five["added"]["pooled"].data_ptr() == one["added"]["pooled"].data_ptr()
+    assert torch.equal(repeat(torch.tensor([[1, 2]]), 2), torch.tensor([[1, 2], [1, 2]]))

@@ -78,7 +78,8 @@ def main(teacher: str = "fashion", pairs: int = 40, batch_size: int = 32, json_p
         for _ in range(5):
             trainer.advance()
             bare.iteration()
-        ours, theirs = [], []
+        ours: list[float] = []
+        theirs: list[float] = []
         for i in range(pairs):
             for which in ("ours", "bare") if i % 2 else ("bare", "ours"):
                 (ours if which == "ours" else theirs).append(clock(trainer.advance if which == "ours" else bare.iteration))

@@ -10,6 +10,7 @@ python eval/compare_methods.py docs/results/default.yaml --output docs/results/d
 import csv
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import tyro
 import yaml
@@ -19,8 +20,20 @@ from fastdiff.eval.fashion import fashion_rows
 from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush
 from fastdiff.trainers.config import Config
 
-METHODS = {method.name(): method for method in (ODEPairs, SwiftBrush, DMD2)}
-COLUMNS = ["candidate", "seed", "steps", "seconds_train", "fd", "fd_se", "attributes", "attributes_se", "clip", "nfe", "settings"]
+METHODS: dict[str, Any] = {method.name(): method for method in (ODEPairs, SwiftBrush, DMD2)}
+COLUMNS = [
+    "candidate",
+    "seed",
+    "steps",
+    "seconds_train",
+    "fd",
+    "fd_se",
+    "attributes",
+    "attributes_se",
+    "clip",
+    "nfe",
+    "settings",
+]
 
 
 def train(settings: dict, seed: int, folder: Path) -> tuple[object, dict]:

@@ -31,15 +31,11 @@ def main(
             bar.update(100 * share - bar.n)
 
         pipelines = load_pipeline(student), load_pipeline(teacher)
-        results = fashion_rows(
-            *pipelines, n=n, seed=seed, guidance_scale=guidance_scale, metric=metric, progress=progress
-        )
+        results = fashion_rows(*pipelines, n=n, seed=seed, guidance_scale=guidance_scale, metric=metric, progress=progress)
     print(table([r.row() for r in results]))
     rows_json(output / "result.json", results, seed=seed)
     grid_png(output / "grid.png", {r.model: r.images for r in results}, results[0].prompts)
-    html_report(
-        output / "report.html", results, command=f"python {shlex.join(sys.argv)}", facts=metric.clip.conventions
-    )
+    html_report(output / "report.html", results, command=f"python {shlex.join(sys.argv)}", facts=metric.clip.conventions)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,7 @@ def main(
         gan_weight=gan_weight,
         warm_start_steps=warm_start_steps,
     )
-    trainer = Trainer(
-        method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed
-    )
+    trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed)
     pipeline = trainer.train()
     pipeline(trainer.prompts.prompts[0]).images[0].save(output / "sample.png")
     print(trainer.result)

@@ -57,7 +57,10 @@ def main(
         optimizer.step()
         step += 1
         if step % 200 == 0:
-            print(f"{step:6d} {progress:5.2f} rmse {error.square().mean().sqrt() / 2:.4f} latent std {posterior.mean.std():.3f}", flush=True)
+            print(
+                f"{step:6d} {progress:5.2f} rmse {error.square().mean().sqrt() / 2:.4f} latent std {posterior.mean.std():.3f}",
+                flush=True,
+            )
     if not decoder_only:
         with torch.no_grad():
             latents = torch.cat([vae.encode(2 * data.batch(500, generator)[0] - 1).latent_dist.sample() for _ in range(8)])

@@ -22,9 +22,7 @@ def main(
     seed: int = 0,
 ) -> None:
     method = ODEPairs(pairs=pairs, pair_steps=pair_steps, pair_guidance_scale=pair_guidance_scale)
-    trainer = Trainer(
-        method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed
-    )
+    trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed)
     pipeline = trainer.train()
     pipeline(trainer.prompts.prompts[0]).images[0].save(output / "sample.png")
     print(trainer.result)

@@ -22,12 +22,8 @@ def main(
     fake_score_lr: float = 1e-3,
     seed: int = 0,
 ) -> None:
-    method = SwiftBrush(
-        guidance_scale=guidance_scale, lr=lr, fake_score_lr=fake_score_lr, warm_start_steps=warm_start_steps
-    )
-    trainer = Trainer(
-        method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed
-    )
+    method = SwiftBrush(guidance_scale=guidance_scale, lr=lr, fake_score_lr=fake_score_lr, warm_start_steps=warm_start_steps)
+    trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed)
     pipeline = trainer.train()
     pipeline(trainer.prompts.prompts[0]).images[0].save(output / "sample.png")
     print(trainer.result)

@@ -120,17 +120,13 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _evaluated(
-    trainer: "Trainer", pipeline: Any, teacher: str, measuring: Measuring
-) -> "tuple[list[Result], dict[str, Any]]":
+def _evaluated(trainer: "Trainer", pipeline: Any, teacher: str, measuring: Measuring) -> "tuple[list[Result], dict[str, Any]]":
     folder, prompts = trainer.config.output_dir, trainer.prompts.prompts
     try:
         return measure({"student": pipeline}, trainer.teacher.pipeline, measuring, prompts=prompts)
     except KeyboardInterrupt as stop:
         evaluate = shlex.join(["fastdiff", "eval", trainer.teacher.name, str(folder)])
-        raise KeyboardInterrupt(
-            f"stopped; the student in {folder} is complete, measure it with:\n  {evaluate}"
-        ) from stop
+        raise KeyboardInterrupt(f"stopped; the student in {folder} is complete, measure it with:\n  {evaluate}") from stop
 
 
 def report(trainer: "Trainer", results: "list[Result]", facts: dict[str, Any], *, command: str) -> None:

@@ -116,15 +116,11 @@ def _scores(
 def drawn(prompts: Sequence[str], n: int) -> list[str]:
     """``n`` prompts, the given ones again and again."""
     if not prompts:
-        raise UserError(
-            "nothing to draw: outside the bundled world give --prompts, a text file with one prompt a line."
-        )
+        raise UserError("nothing to draw: outside the bundled world give --prompts, a text file with one prompt a line.")
     return [prompts[i % len(prompts)] for i in range(n)]
 
 
-def _costs(
-    students: dict[str, Any], teacher: Any, measuring: Measuring, prompts: list[str], seed: int
-) -> "list[Result]":
+def _costs(students: dict[str, Any], teacher: Any, measuring: Measuring, prompts: list[str], seed: int) -> "list[Result]":
     from fastdiff.eval.evaluate import evaluate, pipeline_subject
 
     steps = measuring.teacher_steps if teacher is not None else ()
@@ -144,9 +140,7 @@ def _costs(
 def _progress() -> Iterator[Progress]:
     from tqdm import tqdm
 
-    with tqdm(
-        total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", dynamic_ncols=True
-    ) as bar:
+    with tqdm(total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", dynamic_ncols=True) as bar:
 
         def report(share: float, label: str) -> None:
             bar.set_description_str(f"evaluating {label}", refresh=False)

@@ -44,9 +44,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return text
     if "No space left on device" in text or (isinstance(error, OSError) and error.errno in _DISK_FULL):
-        return (
-            f"the disk is full ({text}); what was complete before is kept. Free some space or choose another --output."
-        )
+        return f"the disk is full ({text}); what was complete before is kept. Free some space or choose another --output."
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
     if type(error).__name__ == "SafetensorError":  # by its name: importing safetensors would not be free

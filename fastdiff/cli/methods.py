@@ -91,9 +91,7 @@ def run(argv: Sequence[str]) -> int:
     chosen = parse(options, argv, command="methods", description="List the distillation methods with their papers.")
     entries = methods().values()
     if chosen.json:
-        rows = [
-            {key: value for key, value in asdict(entry).items() if key != "paper"} | entry.paper for entry in entries
-        ]
+        rows = [{key: value for key, value in asdict(entry).items() if key != "paper"} | entry.paper for entry in entries]
         print(json.dumps(rows, indent=2))
     else:
         print("\n\n".join(map(_paragraph, entries)))

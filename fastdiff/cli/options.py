@@ -22,9 +22,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def parse(options: Callable[..., T], argv: Sequence[str], *, command: str, description: str) -> T:
     """Call ``options`` with its dataclass arguments filled from ``argv``; a wrong option ends in exit code 2."""
-    return tyro.cli(
-        options, args=argv, prog=f"fastdiff {command}", description=description, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    return tyro.cli(options, args=argv, prog=f"fastdiff {command}", description=description, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def field_names(*classes: Any) -> list[str]:
@@ -40,9 +38,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"--config {path} cannot be read: {reason}.") from error
     if not isinstance(values, dict):
-        raise UserError(
-            f"--config {path} holds a {type(values).__name__}, expected a mapping such as 'max_steps: 500'."
-        )
+        raise UserError(f"--config {path} holds a {type(values).__name__}, expected a mapping such as 'max_steps: 500'.")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
@@ -53,9 +49,7 @@ def yaml_words(path: str, values: dict[str, Any], known: Sequence[str]) -> list[
         if key not in known:
             raise UserError(f"--config {path}: no option '{key}'{nearest(key, known)}")
         if isinstance(value, dict):
-            raise UserError(
-                f"--config {path}: '{key}' holds a mapping, but options are flat: write its keys one level up."
-            )
+            raise UserError(f"--config {path}: '{key}' holds a mapping, but options are flat: write its keys one level up.")
         name = key.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")

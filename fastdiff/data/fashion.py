@@ -49,9 +49,7 @@ class Attributes:
     @property
     def caption(self) -> str:
         names = list(COLOURS)
-        return TEMPLATE.format(
-            foreground=names[self.foreground], garment=GARMENTS[self.garment], background=names[self.background]
-        )
+        return TEMPLATE.format(foreground=names[self.foreground], garment=GARMENTS[self.garment], background=names[self.background])
 
 
 def parse(caption: str) -> Attributes:
@@ -59,9 +57,7 @@ def parse(caption: str) -> Attributes:
     match, names = _CAPTION.fullmatch(caption), list(COLOURS)
     if match is None or match["garment"] not in GARMENTS or not {match["foreground"], match["background"]} <= set(names):
         raise ValueError(f"{caption!r} is no caption of the fashion world: expected {TEMPLATE!r} with {GARMENTS} and {names}.")
-    return Attributes(
-        GARMENTS.index(match["garment"]), names.index(match["foreground"]), names.index(match["background"])
-    )
+    return Attributes(GARMENTS.index(match["garment"]), names.index(match["foreground"]), names.index(match["background"]))
 
 
 def captions() -> list[str]:
@@ -92,7 +88,7 @@ def colourise(grey: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
 
 def read_idx(path: Path) -> np.ndarray:
     """An IDX file, gzipped or not, of unsigned bytes."""
-    data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if data[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {data[:4]!r}.")
     ndim = data[3]

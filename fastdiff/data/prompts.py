@@ -21,7 +21,9 @@ def read_prompts(source: str | Path | Sequence[str] | None, teacher: Teacher) ->
     """
     if source is None:
         if teacher.name != "fashion":
-            raise UserError(f"no prompts: the teacher {teacher.name} brings none. Pass prompts, a text file with one prompt a line.")
+            raise UserError(
+                f"no prompts: the teacher {teacher.name} brings none. Pass prompts, a text file with one prompt a line."
+            )
         return captions()
     if not isinstance(source, str | Path):
         prompts = list(source)
@@ -29,7 +31,9 @@ def read_prompts(source: str | Path | Sequence[str] | None, teacher: Teacher) ->
         try:
             prompts = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the prompts file {source}: {error}. Pass a UTF-8 text file, one prompt a line.") from error
+            raise UserError(
+                f"cannot read the prompts file {source}: {error}. Pass a UTF-8 text file, one prompt a line."
+            ) from error
     if not prompts:
         raise UserError(f"no prompts in {source}: there is nothing to learn from. Write one prompt a line.")
     return prompts

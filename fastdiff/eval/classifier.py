@@ -37,9 +37,9 @@ class FashionClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.blocks = nn.Sequential(_Block(32, 48), _Block(48, 96), _Block(96, 128))
-        self.neck = nn.Linear(128, self.num_features)
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.blocks = nn.Sequential(_Block(32, 64), _Block(64, 96))
+        self.neck = nn.Linear(96, self.num_features)
         self.head = nn.Linear(self.num_features, len(GARMENTS))
 
     def features(self, images: Tensor) -> Tensor:

@@ -50,14 +50,10 @@ class ClipScore:
         clamp: Clamp = "per_sample",
     ) -> None:
         if clamp not in ("per_sample", "mean", "none"):
-            raise ValueError(
-                f"clamp is {clamp!r}: expected 'per_sample', 'mean' or 'none'; they differ on images that fail."
-            )
+            raise ValueError(f"clamp is {clamp!r}: expected 'per_sample', 'mean' or 'none'; they differ on images that fail.")
         if isinstance(model, nn.Module):
             if tokenizer is None:
-                raise ValueError(
-                    "a CLIP module came without tokenizer: pass tokenizer=..., as another one would give wrong ids."
-                )
+                raise ValueError("a CLIP module came without tokenizer: pass tokenizer=..., as another one would give wrong ids.")
             self.name, network = type(model).__name__, model
         else:
             self.name, (network, tokenizer) = Path(model).name, load(Path(model))
@@ -84,19 +80,14 @@ class ClipScore:
         distinct = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
         ids = self.tokenizer([self.prefix + caption for caption in distinct])
         text = torch.cat([self.model.encode_text(part, normalize=True) for part in ids.split(batch_size)])
-        image = torch.cat(
-            [self.model.encode_image(self.prepare(part), normalize=True) for part in images.split(batch_size)]
-        )
+        image = torch.cat([self.model.encode_image(self.prepare(part), normalize=True) for part in images.split(batch_size)])
         return (image * text[[distinct[caption] for caption in captions]]).sum(dim=1)
 
     def prepare(self, images: Tensor) -> Tensor:
         """``images`` in [0, 1] at the model's size and normalised as the model was trained."""
         if tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        mean, std = (
-            torch.tensor(v).to(images)[:, None, None]
-            for v in (self.model.visual.image_mean, self.model.visual.image_std)
-        )
+        mean, std = (torch.tensor(v).to(images)[:, None, None] for v in (self.model.visual.image_mean, self.model.visual.image_std))
         return (images - mean) / std
 
     def __call__(self, images: Tensor, captions: list[str]) -> Score:
@@ -115,9 +106,7 @@ def reduce(cosines: Tensor, *, scale: float, clamp: Clamp) -> Score:
 def load(folder: Path) -> tuple[nn.Module, Any]:
     """An open_clip model and its tokenizer from a folder, without network; ``ValueError`` when it is none."""
     if not (folder / "open_clip_config.json").is_file():
-        raise ValueError(
-            f"{folder} is no open_clip folder: it has no open_clip_config.json. Pass the folder of a saved model."
-        )
+        raise ValueError(f"{folder} is no open_clip folder: it has no open_clip_config.json. Pass the folder of a saved model.")
     import open_clip
 
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")

@@ -38,9 +38,7 @@ def network_of(pipeline: Any) -> nn.Module:
     for name in ("unet", "transformer"):
         if isinstance(network := getattr(pipeline, name, None), nn.Module):
             return network
-    raise ValueError(
-        f"a {type(pipeline).__name__} has no `unet` and no `transformer`: pass the network whose calls count."
-    )
+    raise ValueError(f"a {type(pipeline).__name__} has no `unet` and no `transformer`: pass the network whose calls count.")
 
 
 @contextmanager
@@ -73,9 +71,7 @@ class Latency:
     repeats: int
 
 
-def latency(
-    call: Callable[[], object], *, warmup: int = 2, repeats: int = 20, device: str | torch.device = "cpu"
-) -> Latency:
+def latency(call: Callable[[], object], *, warmup: int = 2, repeats: int = 20, device: str | torch.device = "cpu") -> Latency:
     """Time ``repeats`` calls after ``warmup`` untimed ones; on a GPU each time ends when the device is done."""
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}: a latency needs at least one timed call.")
@@ -86,11 +82,7 @@ def latency(
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
         times.append(1000 * (time.perf_counter() - start))
-    p50, p95 = (
-        torch.tensor(times[warmup:], dtype=torch.float64)
-        .quantile(torch.tensor([0.5, 0.95], dtype=torch.float64))
-        .tolist()
-    )
+    p50, p95 = torch.tensor(times[warmup:], dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
     return Latency(p50, p95, repeats)
 
 

@@ -64,9 +64,7 @@ class Result:
     def row(self) -> dict[str, Any]:
         """The result without its images, for JSON."""
         before = {"model": self.model, "steps": self.steps, "nfe": self.nfe, "guidance_scale": self.guidance_scale}
-        after = {
-            k: getattr(self, k) for k in ("latency_ms_p50", "latency_ms_p95", "images_per_s", "peak_memory_mib", "n")
-        }
+        after = {k: getattr(self, k) for k in ("latency_ms_p50", "latency_ms_p95", "images_per_s", "peak_memory_mib", "n")}
         return {**before, **self.metrics, **after}
 
 
@@ -128,14 +126,10 @@ def noise(seed: int, batch: int) -> torch.Generator:
 def checked(images: Tensor, n: int, name: str) -> Tensor:
     """``images`` in float32, or ``ValueError`` when they are not ``n`` RGB images of finite values in [0, 1]."""
     if images.ndim != 4 or images.shape[:2] != (n, 3):
-        raise ValueError(
-            f"{name} drew {tuple(images.shape)} for {n} prompts: expected [{n}, 3, H, W], one image a prompt."
-        )
+        raise ValueError(f"{name} drew {tuple(images.shape)} for {n} prompts: expected [{n}, 3, H, W], one image a prompt.")
     broken = (~images.isfinite()).flatten(1).any(dim=1).sum().item()
     if broken:
-        raise ValueError(
-            f"{broken} of {n} images of {name} are not finite: a diverged network, or half precision that overflows."
-        )
+        raise ValueError(f"{broken} of {n} images of {name} are not finite: a diverged network, or half precision that overflows.")
     low, high = images.min().item(), images.max().item()
     if low < -1e-4 or high > 1 + 1e-4:
         raise ValueError(
@@ -156,9 +150,7 @@ def initial_latents(pipeline: Any, n: int, generator: torch.Generator) -> Tensor
     return torch.randn(shape, generator=generator).to(pipeline.device, network.dtype)
 
 
-def pipeline_subject(
-    name: str, pipeline: Any, *, steps: int | None = None, guidance_scale: float | None = None
-) -> Subject:
+def pipeline_subject(name: str, pipeline: Any, *, steps: int | None = None, guidance_scale: float | None = None) -> Subject:
     """A diffusers text-to-image pipeline as a subject; without steps and guidance it is called bare.
 
     The steps of a bare call, and whether it guides, are found by drawing one image.

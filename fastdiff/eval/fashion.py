@@ -77,9 +77,7 @@ def real_images(prompts: list[str], *, bank: str | Path = REAL) -> Tensor:
     for g in range(len(GARMENTS)):
         wanted, stored = (garment == g).nonzero()[:, 0], (photographs["garment"] == g).nonzero()[:, 0]
         if len(wanted) > len(stored):
-            raise ValueError(
-                f"{len(wanted)} prompts ask for a {GARMENTS[g]} and {bank} has {len(stored)}: take fewer prompts."
-            )
+            raise ValueError(f"{len(wanted)} prompts ask for a {GARMENTS[g]} and {bank} has {len(stored)}: take fewer prompts.")
         index[wanted] = stored[: len(wanted)]
     grey = torch.nn.functional.pad(photographs["grey"][index].float() / 255, (2, 2, 2, 2))
     return colourise(grey, torch.tensor([a.foreground for a in asked]), torch.tensor([a.background for a in asked]))
@@ -123,9 +121,7 @@ def fashion_rows(
     results = []
     for i, subject in enumerate(subjects):
         bar = _share(progress, subject.name, sum(calls[:i]) / sum(calls), calls[i] / sum(calls) / n)
-        results.append(
-            evaluate(subject, prompts, metric, seed=seed, batch_size=batch_size, repeats=repeats, progress=bar)
-        )
+        results.append(evaluate(subject, prompts, metric, seed=seed, batch_size=batch_size, repeats=repeats, progress=bar))
     return [
         *results,
         Result(model="real (held-out)", n=n, metrics=metric(held_out, prompts), images=held_out, prompts=prompts),

@@ -60,9 +60,7 @@ def frechet(a: Stats, b: Stats, *, features: Tensor | None = None) -> FD:
 def influence(features: Tensor, a: Stats, delta: Tensor, quadratic: Tensor) -> Tensor:
     """What each image adds to n FD, up to a constant: 2 delta.(x - mu) + (x - mu)^T quadratic (x - mu), [n]."""
     if features.shape != (a.n, len(a.mean)):
-        raise ValueError(
-            f"features have shape {tuple(features.shape)}, but the statistics are of {a.n} x {len(a.mean)}."
-        )
+        raise ValueError(f"features have shape {tuple(features.shape)}, but the statistics are of {a.n} x {len(a.mean)}.")
     centred = features.detach().to("cpu", torch.float64) - a.mean
     return 2 * centred @ delta + ((centred @ quadratic) * centred).sum(dim=1)
 

@@ -58,9 +58,7 @@ pre { background: #f4f4f4; padding: 1em; overflow-x: auto }
 
 def cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     """A row as text: four digits, ``value ± error`` where the row has ``<column>_se``, - for what does not apply."""
-    return [
-        number(row.get(c)) + (f" ± {row[f'{c}_se']:.2g}" if row.get(f"{c}_se") is not None else "") for c in columns
-    ]
+    return [number(row.get(c)) + (f" ± {row[f'{c}_se']:.2g}" if row.get(f"{c}_se") is not None else "") for c in columns]
 
 
 def shown_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -75,9 +73,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [[COLUMNS.get(c, c) for c in columns], *(cells(row, columns) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(
-        "  ".join(
-            text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
+        "  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in lines
     )
 
@@ -109,9 +105,7 @@ def eight_bit(image: Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy())
 
 
-def grid_png(
-    path: str | Path, images: Mapping[str, Tensor], prompts: Sequence[str], *, columns: int = 10, size: int = 96
-) -> None:
+def grid_png(path: str | Path, images: Mapping[str, Tensor], prompts: Sequence[str], *, columns: int = 10, size: int = 96) -> None:
     """Write ``grid`` as a PNG."""
     with aside(path) as part:
         grid(images, prompts, columns=columns, size=size).save(part, format="PNG")

@@ -34,9 +34,7 @@ class Score:
     def of(cls, values: Tensor) -> "Score":
         """Mean of ``values`` [N] and sd / sqrt(N) with the unbiased sd; the error of a single value is nan."""
         values = values.double()
-        return cls(
-            values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
-        )
+        return cls(values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +54,10 @@ class Stats:
     def of(cls, features: Tensor, *, extractor: str) -> "Stats":
         """The statistics of ``features`` [N, d], N >= 1; ``ValueError`` when they are no matrix or not finite."""
         if features.ndim != 2 or not len(features):
-            raise ValueError(
-                f"features have shape {tuple(features.shape)}: expected [N, d] with N >= 1, one row an image."
-            )
+            raise ValueError(f"features have shape {tuple(features.shape)}: expected [N, d] with N >= 1, one row an image.")
         if not features.isfinite().all():
             bad = (~features.isfinite().all(dim=1)).sum().item()
-            raise ValueError(
-                f"{bad} of {len(features)} feature rows are not finite: the mean would be nan. Drop those images."
-            )
+            raise ValueError(f"{bad} of {len(features)} feature rows are not finite: the mean would be nan. Drop those images.")
         x = features.detach().to("cpu", torch.float64)
         mean = x.mean(dim=0)
         return cls(len(x), mean, (x - mean).T @ (x - mean), extractor)
@@ -97,9 +91,7 @@ class Stats:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} holds no feature statistics: its header says {metadata}, expected format {FORMAT!r}."
-                )
+                raise ValueError(f"{path} holds no feature statistics: its header says {metadata}, expected format {FORMAT!r}.")
             header = json.loads(metadata["stats"])
             return cls(header["n"], file.get_tensor("mean"), file.get_tensor("m2"), header["extractor"])
 

@@ -32,7 +32,9 @@ class Teacher:
         self.denoiser = Denoiser(self.family.network(self.family.backbone), self.process, self.prediction_type)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> "Teacher":
+    def from_pretrained(
+        cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> "Teacher":
         """Load a bundled teacher by name, a diffusers folder, or a hub id.
 
         Raises:
@@ -86,12 +88,16 @@ def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None) -> Any:
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(f"{name} is no diffusers pipeline: it has no model_index.json. Pass the folder that save_pretrained wrote.")
     if not folder.exists() and looks_local:
-        raise UserError(f"no folder {name} and no bundled teacher of that name. Bundled: {', '.join(BUNDLED)}; or pass a hub id owner/name.")
+        raise UserError(
+            f"no folder {name} and no bundled teacher of that name. Bundled: {', '.join(BUNDLED)}; or pass a hub id owner/name."
+        )
     options = {} if dtype is None else {"torch_dtype": dtype}
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot load the pipeline {name}: {reason} Check that the folder is complete, or save it again.") from error
+        raise UserError(
+            f"cannot load the pipeline {name}: {reason} Check that the folder is complete, or save it again."
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -81,7 +81,9 @@ def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mappi
     try:
         pipeline.save_pretrained(aside, safe_serialization=True)
         add_slow_files(aside / "tokenizer")
-        schedule = LCMScheduler.from_config(teacher.pipeline.scheduler.config, original_inference_steps=1, timestep_spacing="leading")
+        schedule = LCMScheduler.from_config(
+            teacher.pipeline.scheduler.config, original_inference_steps=1, timestep_spacing="leading"
+        )
         schedule.save_pretrained(aside / "scheduler_lcm")
         card = _CARD.format(method=note["method"], teacher=teacher.name, version=__version__, prompt=prompt)
         (aside / "README.md").write_text(card, encoding="utf-8")
@@ -90,7 +92,9 @@ def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mappi
         for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
             _replace(part, folder / part.name)
     except OSError as error:
-        raise UserError(f"cannot write the student to {folder}: {error}. Free space or choose another --output; the checkpoint is kept.") from error
+        raise UserError(
+            f"cannot write the student to {folder}: {error}. Free space or choose another --output; the checkpoint is kept."
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return pipeline
@@ -124,8 +128,12 @@ def verify_export(folder: Path, prompts: list[str], noise: Tensor, expected: Ten
         report = json.loads(child.stdout.splitlines()[-1])
         images = load_file(given + ".out.safetensors")["images"]
     if report["calls"] != [len(prompts)]:
-        raise RuntimeError(f"the bare call on {folder} made network calls {report['calls']}, expected one of {len(prompts)} images.")
+        raise RuntimeError(
+            f"the bare call on {folder} made network calls {report['calls']}, expected one of {len(prompts)} images."
+        )
     difference = (images - expected.cpu()).abs().max().item()
     if not difference < TOLERANCE:
-        raise RuntimeError(f"{folder} in plain diffusers differs from the trainer's samples by {difference:.2e}, allowed {TOLERANCE}.")
+        raise RuntimeError(
+            f"{folder} in plain diffusers differs from the trainer's samples by {difference:.2e}, allowed {TOLERANCE}."
+        )
     return difference

@@ -130,9 +130,7 @@ class Trainer:
 
     def _optimizer(self, name: str) -> Any:
         role = self.method.roles()[name]
-        optimizer = torch.optim.AdamW(
-            self._roles.parameters(name), lr=role.lr, betas=role.betas, weight_decay=role.weight_decay
-        )
+        optimizer = torch.optim.AdamW(self._roles.parameters(name), lr=role.lr, betas=role.betas, weight_decay=role.weight_decay)
         return self.accelerator.prepare(optimizer)
 
     def close(self) -> None:

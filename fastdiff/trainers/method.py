@@ -145,4 +145,3 @@ def due(step: int, ratio: tuple[int, int]) -> bool:
     """
     rarer, common = ratio
     return (step * rarer) % common < rarer
-

@@ -19,10 +19,7 @@ def prompts(tmp_path):
 
 def test_a_teacher_from_elsewhere_gets_rows_of_cost_and_every_output(stranger, prompts, tmp_path, capsys):
     words = ["eval", str(stranger), "--prompts", str(prompts), "--num-images", "2", "--teacher-steps", "3", "1"]
-    outputs = [
-        f"--{kind}={tmp_path / 'out' / kind}.{end}"
-        for kind, end in (("json", "json"), ("report", "html"), ("grid", "png"))
-    ]
+    outputs = [f"--{kind}={tmp_path / 'out' / kind}.{end}" for kind, end in (("json", "json"), ("report", "html"), ("grid", "png"))]
     assert main([*words, *outputs]) == 0
     rows = json.loads((tmp_path / "out" / "json.json").read_text())["rows"]
     assert [(row["model"], row["nfe"], row["n"]) for row in rows] == [

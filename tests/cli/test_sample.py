@@ -11,9 +11,7 @@ from fastdiff.cli.main import main
 def test_one_prompt_makes_a_square_and_several_make_rows(stranger, tmp_path, capsys):
     folder = str(stranger)
     one, rows = tmp_path / "deep" / "one.png", tmp_path / "rows.png"
-    assert (
-        main(["sample", folder, "--prompt", "a zebra", "--num-images", "4", "--steps", "2", "--output", str(one)]) == 0
-    )
+    assert main(["sample", folder, "--prompt", "a zebra", "--num-images", "4", "--steps", "2", "--output", str(one)]) == 0
     assert capsys.readouterr().out == f"4 images in {one}\n"
     assert Image.open(one).size == (256, 256)
     several = ["--prompt", "a zebra", "a boot", "--num-images", "3", "--batch-size", "2", "--steps", "1"]
@@ -61,10 +59,7 @@ def test_a_full_disk_leaves_the_old_picture_and_no_part_of_the_new(stranger, tmp
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(fastdiff.data.images, "save_grid", full)
-    assert (
-        main(["sample", str(stranger), "--prompt", "x", "--num-images", "1", "--steps", "1", "--output", str(output)])
-        == 2
-    )
+    assert main(["sample", str(stranger), "--prompt", "x", "--num-images", "1", "--steps", "1", "--output", str(output)]) == 2
     assert "the disk is full" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
     assert output.read_bytes() == b"old"

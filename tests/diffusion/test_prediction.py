@@ -6,8 +6,8 @@ from diffusers import DDIMScheduler
 from tiny import BETAS
 
 from fastdiff.diffusion import NoiseProcess, Prediction, process_from_scheduler, x0_from_output
-from fastdiff.diffusion.process import expand
 from fastdiff.diffusion.prediction import output_from_x0
+from fastdiff.diffusion.process import expand
 
 TYPES = ["epsilon", "v_prediction", "sample"]
 CONFIGS = {

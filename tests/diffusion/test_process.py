@@ -26,9 +26,7 @@ def stable_diffusion() -> DiscreteVP:
 
 
 @pytest.mark.parametrize("betas", [BETAS, LINEAR, {"beta_schedule": "squaredcos_cap_v2"}])
-@pytest.mark.parametrize(
-    "kind", [DDIMScheduler, DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
-)
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
 def test_table_is_the_schedulers_own(kind: type, betas: dict) -> None:
     scheduler = kind(**betas)
     process, prediction_type = process_from_scheduler(scheduler.config)

@@ -26,9 +26,7 @@ def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("n", [1, 4, 8, 25, 50])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_trajectory_is_that_of_diffusers(kind: str, n: int) -> None:
-    scheduler = DDIMScheduler(
-        **BETAS, prediction_type=kind, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
-    )
+    scheduler = DDIMScheduler(**BETAS, prediction_type=kind, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
     scheduler.set_timesteps(n)
     times = trailing_times(1000, n)
     ours = theirs = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))

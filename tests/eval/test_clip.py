@@ -55,9 +55,7 @@ def test_equals_open_clip_by_hand_and_its_own_preprocessing(clip_folder, images)
 
 def test_batches_do_not_matter(clip_folder, images):
     score, texts = ClipScore(clip_folder), random_captions(6, 1)
-    torch.testing.assert_close(
-        score.cosines(images, texts, batch_size=1), score.cosines(images, texts), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(score.cosines(images, texts, batch_size=1), score.cosines(images, texts), rtol=1e-5, atol=1e-6)
 
 
 def test_each_image_meets_its_own_caption(clip_folder, images):
@@ -113,9 +111,7 @@ def test_equal_captions_in_a_training_batch_are_not_punished():
     index = torch.tensor([0, 1, 1, 2, 1])  # one caption occurs three times
     images, scale = text[index], torch.tensor(30.0)
     own = program.loss_of_distinct_captions(images, text, index, scale).item()
-    assert own == pytest.approx(
-        (0 + (2 * 0 + torch.tensor(3.0).log().item()) / 3) / 2, abs=1e-4
-    )  # only the entropy of a tie
+    assert own == pytest.approx((0 + (2 * 0 + torch.tensor(3.0).log().item()) / 3) / 2, abs=1e-4)  # only the entropy of a tie
     images.requires_grad_()
     program.loss_of_distinct_captions(images, text, index, scale).backward()
     assert images.grad is not None

@@ -20,9 +20,7 @@ def grey(prompts: list[str], generator: torch.Generator) -> Tensor:
 
 def test_a_plain_function_is_a_subject():
     finished: list[int] = []
-    result = evaluate(
-        Subject(name="grey", generate=grey), PROMPTS, brightness, batch_size=3, repeats=1, progress=finished.append
-    )
+    result = evaluate(Subject(name="grey", generate=grey), PROMPTS, brightness, batch_size=3, repeats=1, progress=finished.append)
     expected = torch.cat([grey(PROMPTS[a:b], noise(0, i)) for i, (a, b) in enumerate([(0, 3), (3, 6), (6, 7)])])
     assert result.images.equal(expected)
     assert result.metrics["brightness"] == pytest.approx(expected.mean().item())

@@ -92,9 +92,7 @@ def test_a_reference_of_another_classifier_is_refused(metric, clip_folder):
 
 def test_features_do_not_depend_on_the_batch(classifier):
     images = torch.rand(10, 3, 32, 32)
-    torch.testing.assert_close(
-        features(images, classifier, batch_size=1), features(images, classifier), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(features(images, classifier, batch_size=1), features(images, classifier), rtol=1e-4, atol=1e-5)
 
 
 def test_real_images_wear_the_colours_of_their_prompts(bank):

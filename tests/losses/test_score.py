@@ -142,9 +142,7 @@ def test_non_finite_entries_count_as_zero() -> None:
     assert torch.equal(got, torch.tensor([1.0, 0.0, 0.0, 0.0]))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "gradient"), [(torch.bfloat16, 2.0**-10), (torch.float16, 2.0**-10), (torch.float32, 2.0**-22)]
-)
+@pytest.mark.parametrize(("dtype", "gradient"), [(torch.bfloat16, 2.0**-10), (torch.float16, 2.0**-10), (torch.float32, 2.0**-22)])
 def test_pseudo_target_keeps_gradients_that_are_small_beside_x(dtype: torch.dtype, gradient: float) -> None:
     """x - G rounds to x when |G| is below half a unit of x: the student would stop, without an error."""
     x = torch.full((3,), 16.0, dtype=dtype, requires_grad=True)

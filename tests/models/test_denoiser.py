@@ -33,7 +33,7 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
 def test_prediction_by_hand(kind: str) -> None:
     network, (x, t, cond, _) = Recorder(), batch()
     prediction = Denoiser(network, PROCESS, kind)(x, t, cond)
-    out = x.tanh() * cond + t[:, None] / 1000
+    out = x.tanh() * cond + t.double()[:, None] / 1000
     abar = PROCESS.alphas_cumprod[t][:, None]
     x0 = {
         "epsilon": (x - (1 - abar).sqrt() * out) / abar.sqrt(),
@@ -98,5 +98,5 @@ def test_a_process_of_another_time_feeds_the_network_through_its_map() -> None:
     x, t, cond, _ = batch()
     process = Tenfold(PROCESS.alphas_cumprod)
     fed = Denoiser(Recorder(), process, "sample")(x, t, cond)
-    assert torch.equal(fed.x0, x.tanh() * cond + t[:, None] / 100)
+    assert torch.equal(fed.x0, x.tanh() * cond + (10 * t).double()[:, None] / 1000)
     assert torch.equal(fed.t, t)

@@ -57,9 +57,11 @@ def test_a_logit_is_a_smooth_function_of_the_features(width: int, size: int) -> 
     assert norms.max() < 4 * norms.median()
 
 
-def test_half_precision_features_are_judged_in_float32() -> None:
+def test_features_of_another_dtype_are_judged_in_the_dtype_of_the_head() -> None:
+    """The fake score may be bfloat16 or, in a proof, float64."""
     network, features = head(5, 4), torch.randn(3, 5, 4, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(network(features.bfloat16()), network(features.bfloat16().float()))
+    assert network.double()(features.double()).dtype == torch.float64
 
 
 def test_tapped_features_are_those_of_a_full_forward(teacher: Teacher) -> None:
@@ -82,9 +84,7 @@ def test_tapping_skips_the_decoder_and_leaves_no_hook(teacher: Teacher) -> None:
     unet, ran = teacher.family.backbone, []
     module, _ = teacher.family.bottleneck(unet)
     before = teacher.denoiser(x, t, cond).x0
-    handles = [
-        part.register_forward_hook(lambda part, *_: ran.append(part)) for part in (*unet.down_blocks, *unet.up_blocks)
-    ]
+    handles = [part.register_forward_hook(lambda part, *_: ran.append(part)) for part in (*unet.down_blocks, *unet.up_blocks)]
     features_at(module, lambda: teacher.denoiser(x, t, cond))
     for handle in handles:
         handle.remove()

@@ -69,12 +69,10 @@ def test_each_adapter_computes_alone(adapters: Roles, teacher: Teacher) -> None:
     """Adapters that stay active add up: the fake score would then also contain the student."""
     batch = inputs(teacher)
     for name in ("student", "fake_score"):
-        seed = {"student": 1, "fake_score": 2}[name]
-        other = tiny_teacher()
-        alone = Roles(other, {name: LORA})
+        alone = Roles(tiny_teacher(), {name: LORA})
         for mine, theirs in zip(alone.parameters(name), adapters.parameters(name), strict=True):
             mine.data.copy_(theirs)
-        assert torch.equal(adapters.denoiser(name)(*batch).x0, alone.denoiser(name)(*batch).x0), seed
+        assert torch.equal(adapters.denoiser(name)(*batch).x0, alone.denoiser(name)(*batch).x0)
     outputs = [adapters.denoiser(name)(*batch).x0 for name in ("teacher", "student", "fake_score")]
     assert not torch.allclose(outputs[0], outputs[1], rtol=1e-2)
     assert not torch.allclose(outputs[1], outputs[2], rtol=1e-2)
@@ -85,7 +83,6 @@ def test_a_switch_ends_with_its_block_even_after_an_error(adapters: Roles, teach
     assert adapters.adapters is not None
     before = teacher.denoiser(*batch).x0
     with pytest.raises(ZeroDivisionError), adapters.adapters.use("student"), adapters.adapters.use("fake_score"):
-        assert adapters.adapters.active == "fake_score"
         _ = 1 / 0
     assert adapters.adapters.active is None
     assert torch.equal(teacher.denoiser(*batch).x0, before)
@@ -198,7 +195,7 @@ def test_one_backward_through_two_roles_equals_separate_copies(teacher: Teacher,
     if checkpointing:
         assert roles.adapters is not None
         teacher.family.backbone.enable_gradient_checkpointing(roles.adapters.checkpoint)
-    handle = teacher.family.backbone.mid_block.resnets[0].register_forward_hook(lambda *_: forwards.append(1))
+    handle = teacher.family.backbone.mid_block.resnets[1].register_forward_hook(lambda *_: forwards.append(1))
     value = loss(roles.network("student"), roles.network("fake_score"), roles.network("teacher"))
     during = len(forwards)
     value.backward()

@@ -185,7 +185,7 @@ def test_a_damaged_folder_is_one_line_with_its_name(folder: Path, tmp_path: Path
 
 
 def test_missing_weights_are_not_replaced_by_random_ones(folder: Path, tmp_path: Path) -> None:
-    """diffusers only logs a warning, and the teacher would be noise in its middle."""
+    """diffusers only logs a warning; what comes after it must still be one line with the name."""
     from safetensors.torch import load_file, save_file
 
     def edit(folder: Path) -> None:
@@ -213,8 +213,14 @@ def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_another_pipeline_class_is_refused_by_name() -> None:
     from diffusers import UNet2DModel
 
-    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
-    with pytest.raises(UserError, match="DDPMPipeline.*StableDiffusionPipeline"):
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    with pytest.raises(UserError, match=r"DDPMPipeline.*StableDiffusionPipeline"):
         Teacher(DDPMPipeline(unet, DDPMScheduler()))
 
 

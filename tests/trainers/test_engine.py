@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import tiny_teacher
 from torch import Tensor
@@ -18,8 +19,7 @@ from torch import Tensor
 from fastdiff import Trainer
 from fastdiff.errors import UserError
 from fastdiff.models.roles import Role, Roles
-from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush
-from fastdiff.trainers import checkpoint
+from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush, checkpoint
 from fastdiff.trainers.method import Batch, Method, Paper, one_step
 
 PAIRS = {"pairs": 12, "pair_steps": 2}
@@ -265,6 +265,21 @@ def test_interrupt_leaves_a_checkpoint_that_resumes_to_the_bit(tmp_path: Path) -
     assert all(torch.equal(v, cut[n][k]) for n, values in straight.items() for k, v in values.items())
 
 
+def test_bf16_autocast_stays_near_float32(tmp_path: Path) -> None:
+    terms = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state()  # accelerate allows one precision a process
+        run = trainer(ODEPairs(**PAIRS), tmp_path / precision, max_steps=4, mixed_precision=precision)
+        run.start()
+        terms[precision] = run._backward("regression", run._micro_batches(0), ("student",))["regression"]
+        assert terms[precision].dtype == torch.float32
+        run.advance()
+        run.close()
+    AcceleratorState._reset_state()
+    assert abs(terms["bf16"] - terms["no"]) < 0.05 * terms["no"]
+    assert terms["bf16"] != terms["no"]
+
+
 def test_resume_with_other_options_is_refused(tmp_path: Path) -> None:
     run_to(Sick(), tmp_path, 2, max_steps=4)
     with pytest.raises(UserError, match="batch_size was 4 and is 2"):
@@ -304,7 +319,12 @@ def test_ema_is_what_gets_exported(tmp_path: Path) -> None:
 
 def _rank(index: int, port: int, folder: str) -> None:
     os.environ.update(
-        RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true"
+        RANK=str(index),
+        LOCAL_RANK=str(index),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
     )
     torch.set_num_threads(1)
     run = trainer(SwiftBrush(rank=4), Path(folder), max_steps=4, warmup_steps=0)

@@ -46,9 +46,7 @@ def test_pairs_are_reused_by_a_resumed_run(tmp_path: Path) -> None:
     written = path.stat().st_mtime_ns
     run._save()
     run.close()
-    again = Trainer(
-        ODEPairs(pairs=12, pair_steps=2), tiny_teacher(), output_dir=tmp_path, max_steps=9, batch_size=4, resume=True
-    )
+    again = Trainer(ODEPairs(pairs=12, pair_steps=2), tiny_teacher(), output_dir=tmp_path, max_steps=9, batch_size=4, resume=True)
     again.start()
     again.close()
     assert path.stat().st_mtime_ns == written

@@ -109,7 +109,8 @@ def test_times_cover_their_ranges(tmp_path: Path) -> None:
     run = started(tmp_path)
     student = torch.cat([run._micro_batches(s)[0].times("student_t", 20, 980) for s in range(2000)])
     run.close()
-    assert (student.min() >= 20) and (student.max() <= 980)
+    assert student.min() >= 20
+    assert student.max() <= 980
     assert student.min() < 30
     assert student.max() > 970
 

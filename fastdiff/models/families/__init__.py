@@ -18,4 +18,6 @@ def family_of(pipeline: Any) -> StableDiffusion:
         if type(pipeline).__name__ in family.pipelines:
             return family(pipeline)
     known = ", ".join(name for family in FAMILIES for name in family.pipelines)
-    raise UserError(f"no adapter for a {type(pipeline).__name__}: its network would be called with the wrong inputs. Known: {known}.")
+    raise UserError(
+        f"no adapter for a {type(pipeline).__name__}: its network would be called with the wrong inputs. Known: {known}."
+    )

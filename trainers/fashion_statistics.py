@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from fastdiff.data.fashion import ASSETS, GARMENTS, Coloured
 from fastdiff.eval.classifier import WEIGHTS, FashionClassifier
 from fastdiff.eval.fashion import REAL, REFERENCE, extractor_name, features
-from fastdiff.eval.stats import Stats, aside
+from fastdiff.eval.stats import Stats
+from fastdiff.files import aside
 
 
 def main(output: Path = ASSETS, classifier: Path = WEIGHTS, per_garment: int = 250, seed: int = 1) -> None:

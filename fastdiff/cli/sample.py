@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
     chosen = parse(options, argv, command="sample", description="Draw images from a saved pipeline into a grid.")
     check(chosen)
     from fastdiff.data.images import save_grid
-    from fastdiff.eval.stats import aside
+    from fastdiff.files import aside
 
     images = draw(open_pipeline(chosen.pipeline, chosen.device), chosen)
     several = len(chosen.prompt) > 1

@@ -5,7 +5,6 @@ they were made with: a file made with other settings, or by another teacher, is 
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from fastdiff.data.prompts import PromptTable, cycled
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.solvers import ddim_sample, trailing_times
+from fastdiff.files import aside
 from fastdiff.models.condition import repeat
 from fastdiff.models.teacher import Teacher
 
@@ -36,10 +36,9 @@ class Pairs:
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write aside, then rename."""
-        aside = path.with_name(path.name + ".part")
         tensors = {"noise": self.noise, "x0": self.x0, "prompt": self.prompt}
-        save_file(tensors, aside, metadata={"settings": json.dumps(settings, sort_keys=True)})
-        os.replace(aside, path)
+        with aside(path) as part:
+            save_file(tensors, part, metadata={"settings": json.dumps(settings, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, Any]) -> "Pairs | None":

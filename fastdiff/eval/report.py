@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastdiff.eval.evaluate import Result
 from fastdiff.eval.plot import number, plot_svg
-from fastdiff.eval.stats import aside
+from fastdiff.files import aside
 
 COLUMNS = {
     "model": "model",

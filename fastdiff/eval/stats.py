@@ -10,8 +10,6 @@ which does not cancel as sum x x^T - n mean mean^T does, so shards, streams and 
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fastdiff.files import aside
 
 FORMAT = "fastdiff-stats-1"
 
@@ -94,19 +94,6 @@ class Stats:
                 raise ValueError(f"{path} holds no feature statistics: its header says {metadata}, expected format {FORMAT!r}.")
             header = json.loads(metadata["stats"])
             return cls(header["n"], file.get_tensor("mean"), file.get_tensor("m2"), header["extractor"])
-
-
-@contextmanager
-def aside(path: str | Path) -> Iterator[Path]:
-    """A path beside ``path`` that takes its place when the block ends well and vanishes when it fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def comparable(a: Stats, b: Stats) -> None:

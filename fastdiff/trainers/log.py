@@ -44,7 +44,8 @@ class Log:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._bar is None:
-            self._bar = tqdm(total=self.total, desc="training", unit="it", dynamic_ncols=True)
+            start = max(step - self.every, 0)
+            self._bar = tqdm(total=self.total, initial=start, desc="training", unit="it", dynamic_ncols=True)
         shown = {name: f"{value:.3g}" for name, value in values.items() if not name.startswith("grad_norm")}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)

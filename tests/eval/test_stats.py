@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastdiff.eval.stats import Score, Stats, aside
+from fastdiff.eval.stats import Score, Stats
+from fastdiff.files import aside
 
 
 def features(n: int, d: int, *, seed: int = 0, offset: float = 0.0) -> torch.Tensor:

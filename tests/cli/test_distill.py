@@ -12,7 +12,6 @@ import pytest
 from fastdiff.cli.distill import DEFAULT_METHOD, choose, engine_options, parsed
 from fastdiff.cli.main import main
 from fastdiff.cli.methods import methods
-from fastdiff.data.fashion import ASSETS
 
 TINY = ["--pairs", "8", "--pair-steps", "2", "--batch-size", "4", "--max-steps", "3", "--validate-every", "0"]
 
@@ -256,7 +255,6 @@ def test_an_output_that_is_a_file_is_one_line(words, tmp_path, capsys):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-@pytest.mark.skipif(not (ASSETS / "fashion").is_dir(), reason="the bundled teacher is not there")
 def test_the_bundled_teacher_ends_in_the_table_with_real_photographs(tmp_path, capsys):
     words = ["distill", "--output", str(tmp_path / "run"), *TINY, "--num-images", "20", "--teacher-steps", "2", "1"]
     assert main(words) == 0

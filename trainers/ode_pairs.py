@@ -16,7 +16,7 @@ def main(
     prompts: Path | None = None,
     output: Path = Path("runs/ode-pairs"),
     max_steps: int = 1000,
-    pairs: int = 4608,
+    pairs: int = 3000,
     pair_steps: int = 8,
     pair_guidance_scale: float = 3.0,
     seed: int = 0,

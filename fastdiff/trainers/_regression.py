@@ -25,7 +25,7 @@ REGRESSION = "regression"
 class PairedMethod(Method):
     """A method that can regress on ODE pairs, as a warm start or altogether."""
 
-    pairs: int = 4608
+    pairs: int = 3000
     """Number of stored ODE pairs."""
     pair_steps: int = 8
     """Teacher steps that make a pair."""

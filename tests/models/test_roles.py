@@ -195,7 +195,7 @@ def test_one_backward_through_two_roles_equals_separate_copies(teacher: Teacher,
     if checkpointing:
         assert roles.adapters is not None
         teacher.family.backbone.enable_gradient_checkpointing(roles.adapters.checkpoint)
-    handle = teacher.family.backbone.mid_block.resnets[1].register_forward_hook(lambda *_: forwards.append(1))
+    handle = teacher.family.backbone.mid_block.resnets[1].register_forward_pre_hook(lambda *_: forwards.append(1))
     value = loss(roles.network("student"), roles.network("fake_score"), roles.network("teacher"))
     during = len(forwards)
     value.backward()

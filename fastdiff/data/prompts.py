@@ -1,5 +1,6 @@
 """Prompts of a run: from a list, a text file (one a line) or the bundled world."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def read_prompts(source: str | Path | Sequence[str] | None, teacher: Teacher) ->
         prompts = list(source)
     else:
         try:
-            prompts = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts = [line.strip() for line in Path(source).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"cannot read the prompts file {source}: {error}. Pass a UTF-8 text file, one prompt a line."
@@ -50,6 +51,10 @@ class PromptTable:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def hash(self) -> str:
+        """SHA-256 of the prompts in their order."""
+        return hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
 
     def conditions(self, index: Tensor) -> Any:
         """The conditions of the prompts ``index`` [B]."""

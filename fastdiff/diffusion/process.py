@@ -73,7 +73,10 @@ class DiscreteVP(NoiseProcess):
         index = torch.as_tensor(t)
         if index.is_floating_point():
             raise TypeError("times of a discrete process are integers; a float time would be truncated to its table row.")
-        return table[index.to("cpu")]
+        index = index.to("cpu")
+        if (index < 0).any():
+            raise ValueError(f"time {int(index.min())} is before the start of the process; a negative index would read its end.")
+        return table[index]
 
 
 def process_from_scheduler(config: Mapping[str, Any]) -> tuple[NoiseProcess, str]:

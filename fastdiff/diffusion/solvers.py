@@ -5,6 +5,7 @@ DDIM (Song et al., ICLR 2021, arXiv 2010.02502) with eta = 0: ``x_u = alpha(u) x
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +24,14 @@ def ddim_step(prediction: Prediction, u: Tensor | None) -> Tensor:
 def trailing_times(num_train_timesteps: int, num_steps: int) -> list[int]:
     """diffusers' trailing grid: ``round(T - k T / n) - 1`` for k = 0..n-1, so the first time is always T - 1.
 
+    In numpy's arithmetic, as diffusers has it: halves fall as its accumulated float steps let them fall.
+
     >>> trailing_times(1000, 4)
     [999, 749, 499, 249]
     """
-    return [round(num_train_timesteps - k * num_train_timesteps / num_steps) - 1 for k in range(num_steps)]
+    grid = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)).astype(np.int64) - 1
+    times: list[int] = grid.tolist()
+    return times
 
 
 def ddim_sample(denoise: Callable[[Tensor, Tensor], Prediction], noise: Tensor, times: Sequence[int]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from fastdiff.losses.precision import widened
+
 
 def reduce(values: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None, denominator: float | None = None) -> Tensor:
     """Weighted sum over everything, divided by ``denominator``.
@@ -18,7 +20,7 @@ def reduce(values: Tensor, *, mask: Tensor | None = None, weight: Tensor | None 
     Raises:
         ValueError: nothing is left under the mask; the mean would be 0 / 0.
     """
-    values = values if values.itemsize >= 4 else values.float()
+    values = widened(values)
     if weight is not None:
         values = values * weight.to(values).reshape(*weight.shape, *[1] * (values.ndim - weight.ndim))
     if mask is not None:

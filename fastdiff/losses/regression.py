@@ -2,14 +2,12 @@
 
 from torch import Tensor
 
-
-def _float(x: Tensor) -> Tensor:
-    return x if x.itemsize >= 4 else x.float()
+from fastdiff.losses.precision import widened
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """``(prediction - target)^2``, elementwise [B, ...]."""
-    return (_float(prediction) - _float(target)).square()
+    return (widened(prediction) - widened(target)).square()
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor, *, c: float) -> Tensor:

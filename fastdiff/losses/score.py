@@ -18,12 +18,13 @@ DreamFusion (ICLR 2023, arXiv 2209.14988), ProlificDreamer (NeurIPS 2023, arXiv 
 import torch
 from torch import Tensor
 
+from fastdiff.losses.precision import widened
 from fastdiff.losses.regression import squared_error
 
 
 def score_distillation_gradient(eps_real: Tensor, eps: Tensor, *, weight: Tensor | float = 1.0) -> Tensor:
     """SDS: ``weight (eps_real - eps)`` [B, ...]; ``weight`` broadcasts, usually sigma(t)^2."""
-    return weight * (eps_real - eps)
+    return weight * (widened(eps_real) - widened(eps))
 
 
 def variational_score_gradient(eps_real: Tensor, eps_fake: Tensor, *, weight: Tensor | float = 1.0) -> Tensor:
@@ -37,6 +38,7 @@ def distribution_matching_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor, 
     The normaliser belongs to the sample: another sample in the batch changes nothing. ``floor`` (not in the paper) keeps a
     sample that the teacher reproduces exactly from dividing by zero.
     """
+    x, x0_real, x0_fake = widened(x), widened(x0_real), widened(x0_fake)
     distance = (x - x0_real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
     return (x0_fake - x0_real) / distance.clamp_min(floor)
 
@@ -44,11 +46,14 @@ def distribution_matching_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor, 
 def pseudo_target(x: Tensor, gradient: Tensor) -> Tensor:
     """Elementwise ``0.5 (x - sg[x - G])^2`` [B, ...], whose derivative with respect to x is G.
 
+    Written as ``0.5 (x - sg[x] + G)^2``, the same in exact arithmetic: x - G would round to x where G is small beside x.
+
     Reduced by the mean over B n elements the gradient per element is G / (B n). Non-finite entries of G count as zero, as in
     the official codes; the trainer's health monitor still sees them in the networks' outputs.
     """
-    target = (x - torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)).detach()
-    return 0.5 * squared_error(x, target)
+    finite = torch.nan_to_num(widened(gradient), nan=0.0, posinf=0.0, neginf=0.0).detach()
+    x = widened(x)
+    return 0.5 * (x - x.detach() + finite).square()
 
 
 def denoising(prediction: Tensor, target: Tensor, *, weight: Tensor | float = 1.0) -> Tensor:

@@ -1,10 +1,10 @@
 """Discriminator heads on a denoiser's bottleneck features (DMD2, arXiv 2405.14867, section 4.3).
 
 The paper's head is conv4x4 s2, GN32, SiLU, conv4x4 s4, GN32, SiLU, 1x1 on 8x8 features of width 1280. Here the second
-convolution covers whatever the first leaves, so that 4x4 features of small teachers fit, and the group count divides the width.
+convolution covers whatever the first leaves, so that 4x4 features of small teachers fit; groups hold 16 channels, since a group of
+two values at one position is normalised to a sign, through which no gradient is worth anything.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +44,7 @@ class FeatureHead(nn.Module):
 
     def __init__(self, width: int, size: int, hidden: int = 64) -> None:
         super().__init__()
-        groups = math.gcd(32, hidden)
+        groups = max(hidden // 16, 1)
         self.layers = nn.Sequential(
             nn.Conv2d(width, hidden, 4, stride=2, padding=1),
             nn.GroupNorm(groups, hidden),
@@ -56,5 +56,5 @@ class FeatureHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.layers(features).mean(dim=(1, 2, 3))
+        logits: Tensor = self.layers(features.to(self.layers[0].weight.dtype)).mean(dim=(1, 2, 3))
         return logits

@@ -119,6 +119,8 @@ class Roles:
     def network(self, name: str) -> Network:
         """The role as ``(x_t, t, cond) -> output``; every call counts its samples in the ledger."""
         lora = name == "teacher" or self.specs[name].train == "lora"
+        if lora and name != "teacher" and self.adapters is None:
+            raise RuntimeError(f"the adapter of role {name} was taken off: the bare teacher would answer in its place.")
         backbone = self.teacher.family.backbone if lora else self.modules[name]
         call = self.teacher.family.network(backbone)
 

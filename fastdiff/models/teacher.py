@@ -6,7 +6,6 @@
 """
 
 import hashlib
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,16 @@ class Teacher:
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.eval().requires_grad_(False)
-        self.process, self.prediction_type = self.family.process()
+        try:
+            self.process, self.prediction_type = self.family.process()
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
+        if self.prediction_type == "epsilon" and self.process.alpha(torch.tensor(int(self.process.t_max))) == 0:
+            raise UserError(
+                f"{name} predicts epsilon and its last time has no signal (zero-terminal SNR): x0 = (x - s eps) / 0 there. "
+                "Such a scheduler belongs to a v-prediction teacher; set rescale_betas_zero_snr to false or prediction_type right."
+            )
+        self._null: tuple[Any, Any] = (None, None)
         self.denoiser = Denoiser(self.family.network(self.family.backbone), self.process, self.prediction_type)
 
     @classmethod
@@ -40,7 +48,10 @@ class Teacher:
         Raises:
             UserError: the folder does not exist, is no pipeline, or holds damaged weights.
         """
-        return cls(load_pipeline(name, dtype=dtype).to(device), name=Path(name).name)
+        short = Path(name).name
+        if short in BUNDLED and str(name) not in BUNDLED:
+            short = f"{short}-local"  # a folder of that name has no captions of its own
+        return cls(load_pipeline(name, dtype=dtype).to(device), name=short)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -55,10 +66,13 @@ class Teacher:
         """The condition of a batch of prompts."""
         return self.family.encode(prompts)
 
-    @cached_property
+    @property
     def null(self) -> Any:
-        """The condition of the empty prompt, batch 1."""
-        return self.encode([""])
+        """The condition of the empty prompt, batch 1; remembered until the pipeline moves."""
+        first = next(self.family.backbone.parameters())
+        if self._null[0] != (first.device, first.dtype):
+            self._null = ((first.device, first.dtype), self.encode([""]))
+        return self._null[1]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to images [B, 3, H, W] in [0, 1]."""
@@ -94,10 +108,14 @@ def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None) -> Any:
     options = {} if dtype is None else {"torch_dtype": dtype}
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"cannot load the pipeline {name}: {reason} Check that the folder is complete, or save it again."
         ) from error
+    networks = [(key, part) for key, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
+    holes = [f"{key}.{parameter}" for key, part in networks for parameter, value in part.named_parameters() if value.is_meta]
+    if holes:
+        raise UserError(f"the pipeline {name} lacks weights: {', '.join(holes[:3])} and {len(holes)} in all. Save it again, whole.")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -8,7 +8,6 @@ DMD (arXiv 2311.18828) regresses on such pairs with LPIPS beside its score term,
 its one-step student. The pseudo-Huber distance on latents is this library's choice: it needs no feature network.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -66,7 +65,7 @@ def load_or_make_pairs(method: PairedMethod, preparation: Preparation) -> Pairs:
     share = -(-method.pairs // preparation.world_size)
     settings = {
         "teacher": preparation.teacher.weights_hash(),
-        "prompts": hashlib.sha256("\0".join(preparation.prompts.prompts).encode()).hexdigest(),
+        "prompts": preparation.prompts.hash(),
         "n": share,
         "steps": method.pair_steps,
         "guidance_scale": method.pair_guidance_scale,

@@ -34,7 +34,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], tensors: Mapping[str
         aside.mkdir(parents=True)
         for name, values in tensors.items():
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in values.items()}, aside / f"{name}.safetensors")
-        (aside / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        (aside / "state.json").write_text(json.dumps({**state, "step": step, "files": sorted(tensors)}, indent=1), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
     except (OSError, SafetensorError) as error:
@@ -66,6 +66,9 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         tensors = {file.name.removesuffix(".safetensors"): load_file(file) for file in path.glob("*.safetensors")}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} is damaged: {error}. Delete that folder to resume from the one before it.") from error
+    missing = sorted(set(state.pop("files")) - tensors.keys())
+    if missing:
+        raise UserError(f"checkpoint {path} lacks {', '.join(missing)}. Delete that folder to resume from the one before it.")
     return state, tensors
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from fastdiff.errors import UserError
 
+_CHOICES = {"mixed_precision": ("no", "bf16", "fp16"), "lr_schedule": ("constant", "linear", "cosine")}
+
 
 @dataclass(kw_only=True)
 class Config:
@@ -53,6 +55,11 @@ class Config:
         for name in ("max_steps", "batch_size", "accumulation", "save_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"max_grad_norm is {self.max_grad_norm}: it must be above 0; 0 would clip every gradient to nothing.")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}.")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}: it must be in [0, 1); 1 would never learn.")
 

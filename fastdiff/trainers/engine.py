@@ -93,6 +93,7 @@ class Trainer:
         """Build roles and optimisers, resume if asked to, let the method prepare; ``train`` does this itself."""
         self._make_folder()
         torch.manual_seed(self.config.seed)
+        self._teacher_hash = self.teacher.weights_hash()
         self._roles = Roles(self.teacher, self.method.roles())
         self._optimizers = {name: self._optimizer(name) for name in self.method.roles()}
         student = self._roles.parameters("student")
@@ -233,7 +234,8 @@ class Trainer:
         """What a continuation must share with the run it continues."""
         options = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE_ON_RESUME}
         fields = {**dataclasses.asdict(self.method), **options, "world_size": self.accelerator.num_processes}
-        fields |= {"method": self.method.name(), "teacher": self.teacher.name, "prompts": len(self.prompts)}
+        fields |= {"method": self.method.name(), "teacher": self.teacher.name, "teacher_hash": self._teacher_hash}
+        fields |= {"prompts": len(self.prompts), "prompts_hash": self.prompts.hash()}
         return json.loads(json.dumps(fields, default=str))
 
     def _save(self) -> None:

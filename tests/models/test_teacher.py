@@ -234,7 +234,8 @@ def test_a_flow_scheduler_in_a_known_pipeline_is_a_mistake_of_the_user() -> None
 def test_epsilon_prediction_without_signal_at_the_end_is_refused() -> None:
     """With zero terminal SNR alpha(999) = 0: one step from pure noise divides by zero, and every sample is inf."""
     pipeline = tiny_pipeline()
-    config = {**pipeline.scheduler.config, "rescale_betas_zero_snr": True}
-    pipeline.scheduler = type(pipeline.scheduler).from_config(config)
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+    assert scheduler.alphas_cumprod[-1] == 0
+    pipeline.scheduler = scheduler
     with pytest.raises(UserError, match="epsilon"):
         Teacher(pipeline)

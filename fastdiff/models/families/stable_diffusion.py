@@ -38,7 +38,8 @@ class StableDiffusion:
         """``(x_t, t, cond) -> output`` for a backbone of this family."""
 
         def call(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-            output: Tensor = backbone(x_t, t, encoder_hidden_states=cond, return_dict=False)[0]
+            dtype = next(backbone.parameters()).dtype
+            output: Tensor = backbone(x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype), return_dict=False)[0]
             return output
 
         return call

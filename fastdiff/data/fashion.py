@@ -57,6 +57,8 @@ def parse(caption: str) -> Attributes:
     match, names = _CAPTION.fullmatch(caption), list(COLOURS)
     if match is None or match["garment"] not in GARMENTS or not {match["foreground"], match["background"]} <= set(names):
         raise ValueError(f"{caption!r} is no caption of the fashion world: expected {TEMPLATE!r} with {GARMENTS} and {names}.")
+    if match["foreground"] == match["background"]:
+        raise ValueError(f"{caption!r} is no caption of the fashion world: nothing shows on its own colour.")
     return Attributes(GARMENTS.index(match["garment"]), names.index(match["foreground"]), names.index(match["background"]))
 
 

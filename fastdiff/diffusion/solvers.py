@@ -24,12 +24,13 @@ def ddim_step(prediction: Prediction, u: Tensor | None) -> Tensor:
 def trailing_times(num_train_timesteps: int, num_steps: int) -> list[int]:
     """diffusers' trailing grid: ``round(T - k T / n) - 1`` for k = 0..n-1, so the first time is always T - 1.
 
-    In numpy's arithmetic, as diffusers has it: halves fall as its accumulated float steps let them fall.
+    In numpy's arithmetic, as diffusers has it: halves fall as its accumulated float steps let them fall. (For some n, such as
+    61, those add one step in diffusers; not here.)
 
     >>> trailing_times(1000, 4)
     [999, 749, 499, 249]
     """
-    grid = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)).astype(np.int64) - 1
+    grid = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)).astype(np.int64)[:num_steps] - 1
     times: list[int] = grid.tolist()
     return times
 

@@ -56,5 +56,5 @@ class FeatureHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.layers(features.to(self.layers[0].weight.dtype)).mean(dim=(1, 2, 3))
+        logits: Tensor = self.layers(features.to(next(self.parameters()).dtype)).mean(dim=(1, 2, 3))
         return logits

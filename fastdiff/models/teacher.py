@@ -80,12 +80,25 @@ class Teacher:
 
     def weights_hash(self) -> str:
         """SHA-256 of the backbone's own weights, the same with and without adapters on it."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.family.backbone.state_dict().items()):
-            if ".lora_" not in key:
-                digest.update(key.replace(".base_layer", "").encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return _hash(self.family.backbone)
+
+    def identity(self) -> str:
+        """SHA-256 of everything that decides what the teacher makes of a latent and a prompt: all networks, the schedule, the
+        prediction type."""
+        networks = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        times = torch.arange(int(self.process.t_max) + 1)
+        schedule = ",".join(f"{a:.9g}" for a in self.process.alpha(times).tolist())
+        parts = [*map(_hash, networks), self.prediction_type, schedule]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+
+def _hash(network: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        if ".lora_" not in key:
+            digest.update(key.replace(".base_layer", "").encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None) -> Any:

@@ -64,7 +64,7 @@ def load_or_make_pairs(method: PairedMethod, preparation: Preparation) -> Pairs:
     """This rank's share of the pairs, from the run's folder if they were made with these very settings."""
     share = -(-method.pairs // preparation.world_size)
     settings = {
-        "teacher": preparation.teacher.weights_hash(),
+        "teacher": preparation.teacher.identity(),
         "prompts": preparation.prompts.hash(),
         "n": share,
         "steps": method.pair_steps,

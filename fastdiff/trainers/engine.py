@@ -93,7 +93,7 @@ class Trainer:
         """Build roles and optimisers, resume if asked to, let the method prepare; ``train`` does this itself."""
         self._make_folder()
         torch.manual_seed(self.config.seed)
-        self._teacher_hash = self.teacher.weights_hash()
+        self._teacher_hash = self.teacher.identity()
         self._roles = Roles(self.teacher, self.method.roles())
         self._optimizers = {name: self._optimizer(name) for name in self.method.roles()}
         student = self._roles.parameters("student")

@@ -33,7 +33,7 @@ def usage() -> str:
             *(f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()),
             "",
             "fastdiff COMMAND --help explains the options of a command. Without any, `fastdiff distill` makes a",
-            "one-step generator of the bundled teacher in five minutes on two cores, with a table and a picture.",
+            "one-step generator of the bundled teacher in eight minutes on two cores, with a table and a picture.",
         ]
     )
 

@@ -41,6 +41,22 @@ def test_log_density_integrates_to_one() -> None:
         assert law.log_density(grid, t).exp().sum().item() * 0.005 == pytest.approx(1, abs=1e-9)
 
 
+def test_log_density_is_that_of_torch_distributions() -> None:
+    """In three dimensions: the normaliser of each component, (2 pi V)^(d/2), decides which one a point belongs to."""
+    from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+    law, x = mixture(), normal(5, 3)
+    for t in TIMES:
+        a, s = PROCESS.alpha(t), PROCESS.sigma(t)
+        scale = (a.square() * law.variances + s.square()).sqrt()[:, None].expand(4, 3)
+        parts = Independent(Normal(a * law.means, scale), 1)
+        theirs = MixtureSameFamily(Categorical(logits=law.log_weights), parts)
+        torch.testing.assert_close(law.log_density(x, t), theirs.log_prob(x), rtol=1e-10, atol=1e-10)
+        member = (law.log_weights + parts.log_prob(x[:, None])).softmax(1)[..., None]
+        means = (a * law.variances[:, None] * x[:, None] + s.square() * law.means) / scale.square()
+        torch.testing.assert_close(law(x, t).x0, (member * means).sum(1), rtol=1e-10, atol=1e-10)
+
+
 def test_single_gaussian_posterior_mean() -> None:
     """E[x0 | x_t] = m + a v (x_t - a m) / (a^2 v + s^2)."""
     m, v = normal(1, 3, seed=2), 0.3

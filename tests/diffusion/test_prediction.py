@@ -53,6 +53,30 @@ def test_the_true_noise_gives_back_the_true_sample(config: dict) -> None:
     assert (tweedie - x0).abs().max() < 1e-10
 
 
+class Flow(NoiseProcess):
+    """x_t = (1 - t) x0 + t eps: rho^2 = (1 - t)^2 + t^2 is not 1."""
+
+    t_max = 1.0
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 - t.double()
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return t.double()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_conversions_hold_for_processes_that_do_not_preserve_variance(kind: str) -> None:
+    process, t = Flow(), torch.tensor([0.01, 0.3, 0.5, 0.99], dtype=torch.float64)
+    x0, eps = normal(2, 4, 3)
+    x_t, a, s = process.add_noise(x0, eps, t), 1 - t[:, None], t[:, None]
+    output = {"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0}[kind]
+    got = x0_from_output(output, x_t, t, process, kind)
+    assert (got - x0).abs().max() < 1e-12
+    assert (output_from_x0(got, x_t, t, process, kind) - output).abs().max() < 1e-12
+    assert (Prediction(x_t, t, x0, process).score + eps / s).abs().max() < 1e-10
+
+
 def test_v_prediction_at_zero_terminal_snr_is_finite() -> None:
     process, _ = process_from_scheduler(CONFIGS["zero terminal snr"])
     t, (v, x_t) = torch.tensor([999]), normal(2, 1, 4)

@@ -221,6 +221,25 @@ def test_full_roles_are_copies_of_the_teacher_that_do_not_touch_it(teacher: Teac
     roles.close()
 
 
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_what_trains_is_float32_even_on_a_half_precision_teacher(teacher: Teacher, train: str) -> None:
+    """In bfloat16 a step of 1e-5 on a weight of 0.1 rounds to nothing: the student would never move."""
+    teacher.pipeline.to(torch.bfloat16)
+    roles = Roles(teacher, {"student": LORA if train == "lora" else Role(train="full", lr=1e-5)})
+    assert {p.dtype for p in roles.parameters("student")} == {torch.float32}
+    x, t, cond = inputs(teacher)
+    roles.train_only("student")
+    optimizer = torch.optim.AdamW(roles.parameters("student"), lr=1e-5, weight_decay=0.0)
+    before = [p.detach().clone() for p in roles.parameters("student")]
+    roles.denoiser("student")(x, t, cond).x0.square().mean().backward()
+    optimizer.step()
+    pairs = list(zip(roles.parameters("student"), before, strict=True))
+    moved = sum(int((p != old).sum()) for p, old in pairs if p.grad is not None)
+    trained = sum(int((p.grad != 0).sum()) for p, _ in pairs if p.grad is not None)
+    assert moved > 0.9 * trained > 0
+    roles.close()
+
+
 # --- weights in and out
 
 
@@ -262,9 +281,12 @@ def test_close_gives_the_teacher_back_and_it_can_be_used_again(teacher: Teacher)
 def test_a_closed_adapter_role_does_not_silently_become_the_teacher(teacher: Teacher) -> None:
     roles = Roles(teacher, {"fake_score": LORA})
     shake(roles, "fake_score", 1)
+    earlier = roles.denoiser("fake_score")
     roles.close()
     with pytest.raises((RuntimeError, ValueError)):
         roles.denoiser("fake_score")(*inputs(teacher))
+    with pytest.raises((RuntimeError, ValueError)):
+        earlier(*inputs(teacher))
 
 
 def test_weights_hash_sees_the_backbone_and_not_its_adapters(teacher: Teacher) -> None:

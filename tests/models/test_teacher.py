@@ -11,6 +11,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteSchedul
 from tiny import tiny_pipeline, tiny_teacher
 
 from fastdiff.errors import UserError
+from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 
 PROMPTS = ["a red boot on a white background", "a bag"]
@@ -92,6 +93,26 @@ def test_null_follows_the_pipeline_to_another_dtype_or_device() -> None:
     assert teacher.null.dtype == torch.float32
     teacher.pipeline.to(torch.float64)
     assert teacher.null.dtype == teacher.encode([""]).dtype == torch.float64
+
+
+def test_identity_sees_every_part_and_not_the_adapters() -> None:
+    """Stored pairs and checkpoints depend on the text encoder, the decoder and the schedule as much as on the network."""
+    teacher = tiny_teacher()
+    same = teacher.identity()
+    assert tiny_teacher().identity() == same
+    roles = Roles(teacher, {"fake_score": Role(train="lora", lr=1e-3, rank=2)})
+    for parameter in roles.parameters("fake_score"):
+        parameter.data += 1
+    assert teacher.identity() == same
+    roles.close()
+    for part in ("unet", "text_encoder", "vae"):
+        other = tiny_teacher()
+        next(getattr(other.pipeline, part).parameters()).data.view(-1)[0] += 1e-3
+        assert other.identity() != same, part
+    assert tiny_teacher(prediction_type="v_prediction").identity() != same
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, beta_end=0.0121)
+    assert Teacher(pipeline).identity() != same
 
 
 def test_everything_is_frozen_and_dropout_is_off() -> None:

@@ -98,6 +98,9 @@ class Roles:
             _add_adapter(backbone, name, specs[name], teacher.family.lora_targets)
         self.adapters = Adapters(backbone) if lora else None
         self._parameters = {name: self._find_parameters(name) for name in specs}
+        for parameter in (p for parameters in self._parameters.values() for p in parameters.values()):
+            if parameter.itemsize < 4:  # a small step on a half-precision weight rounds to nothing
+                parameter.data = parameter.data.float()
         self.train_only()
 
     def _find_parameters(self, name: str) -> dict[str, nn.Parameter]:
@@ -119,13 +122,13 @@ class Roles:
     def network(self, name: str) -> Network:
         """The role as ``(x_t, t, cond) -> output``; every call counts its samples in the ledger."""
         lora = name == "teacher" or self.specs[name].train == "lora"
-        if lora and name != "teacher" and self.adapters is None:
-            raise RuntimeError(f"the adapter of role {name} was taken off: the bare teacher would answer in its place.")
         backbone = self.teacher.family.backbone if lora else self.modules[name]
         call = self.teacher.family.network(backbone)
 
         def counted(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
             self.ledger[name] += len(x_t)
+            if lora and name != "teacher" and self.adapters is None:
+                raise RuntimeError(f"the adapter of role {name} was taken off: the bare teacher would answer in its place.")
             if lora and self.adapters is not None:
                 with self.adapters.use(None if name == "teacher" else name):
                     return call(x_t, t, cond)

@@ -66,7 +66,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         tensors = {file.name.removesuffix(".safetensors"): load_file(file) for file in path.glob("*.safetensors")}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} is damaged: {error}. Delete that folder to resume from the one before it.") from error
-    missing = sorted(set(state.pop("files")) - tensors.keys())
+    missing = sorted(set(state.pop("files", ["the list of its files"])) - tensors.keys())
     if missing:
         raise UserError(f"checkpoint {path} lacks {', '.join(missing)}. Delete that folder to resume from the one before it.")
     return state, tensors

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fastdiff.errors import UserError
 
-_CHOICES = {"mixed_precision": ("no", "bf16", "fp16"), "lr_schedule": ("constant", "linear", "cosine")}
+_CHOICES = {"mixed_precision": ("no", "bf16"), "lr_schedule": ("constant", "linear", "cosine")}
 
 
 @dataclass(kw_only=True)
@@ -23,7 +23,7 @@ class Config:
     """Samples per micro-batch and process."""
     accumulation: int = 1
     """Micro-batches per update."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     """Autocast of network calls; weights, losses and optimiser stay float32."""
     max_grad_norm: float = 1.0
     """Clip the gradient norm of each update to this."""
@@ -44,7 +44,7 @@ class Config:
     log_every: int = 10
     """Iterations between lines of log.jsonl."""
     max_bad_steps: int = 10
-    """Stop after so many updates in a row without a finite gradient; each one is skipped and reported."""
+    """Stop when more than so many updates of one kind in a row have no finite gradient; each is skipped and reported."""
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate, such as tensorboard."""
     resume: bool = False

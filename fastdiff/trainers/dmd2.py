@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastdiff.errors import UserError
 from fastdiff.losses import (
     denoising,
     distribution_matching_gradient,
@@ -29,7 +30,7 @@ from fastdiff.models.discriminator import FeatureHead, features_at
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Paper, due, one_step
+from fastdiff.trainers.method import Batch, Paper, due, needs_thousand_times, one_step
 
 
 @dataclass(kw_only=True)
@@ -65,9 +66,9 @@ class DMD2(PairedMethod):
 
     def __post_init__(self) -> None:
         if self.fake_score not in {"full", "lora"}:
-            raise ValueError(f"fake_score is {self.fake_score!r}: expected full or lora.")
+            raise UserError(f"fake_score is {self.fake_score!r}: expected full or lora.")
         if not 1 <= self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}: at least 1 student update, and at least as many of the fake score.")
+            raise UserError(f"ratio is {self.ratio}: at least 1 student update, and at least as many of the fake score.")
 
     def roles(self) -> dict[str, Role]:
         fake = Role(
@@ -81,6 +82,9 @@ class DMD2(PairedMethod):
         if self.gan_weight > 0:
             roles["discriminator"] = Role(train="module", lr=self.fake_score_lr, weight_decay=0.01, build=_head)
         return roles
+
+    def validate(self, teacher: Teacher) -> None:
+        needs_thousand_times(teacher)
 
     def regresses(self) -> bool:
         return self.warm_start_steps > 0 or self.gan_weight > 0

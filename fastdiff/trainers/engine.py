@@ -66,12 +66,19 @@ class Trainer:
         self.method, self.teacher = method, teacher
         self.config = config or Config.of(**options)
         self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision, log_with=list(self.config.trackers) or None)
+        if next(teacher.family.backbone.parameters()).itemsize < 4:
+            raise UserError(
+                f"the teacher {teacher.name} is loaded in half precision: small steps on such weights round to nothing. "
+                "Load it in float32 and pass mixed_precision='bf16'."
+            )
         teacher.pipeline.to(self.accelerator.device)
         method.validate(teacher)
         self.prompts = PromptTable(read_prompts(prompts, teacher), teacher)
         self.folder = self.config.output_dir
         self.result: dict[str, Any] = {}
         self._stop_requested = False
+        self._log: Any = None
+        self._roles: Any = None
 
     def train(self) -> Any:
         """Run to ``max_steps``, export, verify the export; returns the diffusers pipeline.
@@ -80,8 +87,8 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
             UserError: training diverged, the disk is full, or there is nothing to resume.
         """
-        self.start()
         try:
+            self.start()
             self._loop()
             return self._finish()
         finally:
@@ -136,8 +143,10 @@ class Trainer:
 
     def close(self) -> None:
         """Close the logs and take the adapters off the teacher."""
-        self._log.close()
-        self._roles.close()
+        if self._log is not None:
+            self._log.close()
+        if self._roles is not None:
+            self._roles.close()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -245,13 +254,11 @@ class Trainer:
                 tensors[f"optimizer.{name}"] = checkpoint.optimizer_tensors(optimizer.optimizer)
             if self._ema:
                 tensors["ema"] = {str(i): p for i, p in enumerate(self._ema.shadow_params)}
-            scaler = self.accelerator.scaler
             state = {
                 "run": self._identity(),
                 "health": self._health.state(),
                 "seconds": self._seconds,
                 "ema_steps": self._ema.optimization_step if self._ema else 0,
-                "scaler": scaler.state_dict() if scaler is not None else None,
             }
             checkpoint.save(self.folder / "checkpoints", self._step, state, tensors, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
@@ -272,8 +279,6 @@ class Trainer:
         if self._ema:
             self._ema.shadow_params = [tensors["ema"][str(i)].to(p) for i, p in enumerate(self._ema.shadow_params)]
             self._ema.optimization_step = state["ema_steps"]
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
         self._health.load(state["health"])
         self._step, self._seconds = state["step"], state["seconds"]
 

@@ -1,36 +1,39 @@
 """The policy for updates whose gradient is not finite: skip, report, and stop after so many in a row; never silently."""
 
 import math
+from collections import Counter
 from typing import Any
 
 from fastdiff.errors import UserError
 
 
 class Health:
-    """Counts bad updates. ``accept(norm)`` says whether to step."""
+    """Counts bad updates, each kind for itself: a sound fake score must not hide a dead student."""
 
     def __init__(self, max_bad_steps: int) -> None:
-        self.max_bad_steps, self.in_a_row, self.total = max_bad_steps, 0, 0
+        self.max_bad_steps, self.total = max_bad_steps, 0
+        self.in_a_row: Counter[str] = Counter()
 
     def accept(self, norm: float, *, update: str, step: int) -> bool:
         """True for a finite gradient norm.
 
         Raises:
-            UserError: more than ``max_bad_steps`` bad updates in a row.
+            UserError: more than ``max_bad_steps`` bad updates of one kind in a row.
         """
         if math.isfinite(norm):
-            self.in_a_row = 0
+            self.in_a_row[update] = 0
             return True
-        self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
-        if self.in_a_row > self.max_bad_steps:
+        self.in_a_row[update] += 1
+        self.total += 1
+        if self.in_a_row[update] > self.max_bad_steps:
             raise UserError(
-                f"{self.in_a_row} updates in a row had a gradient that is not finite, the last one {update} at step {step}: "
-                "training has diverged. Resume from the last checkpoint with a lower learning rate."
+                f"{self.in_a_row[update]} updates in a row had a gradient that is not finite, the last one {update} at "
+                f"step {step}: training has diverged. Resume from the last checkpoint with a lower learning rate."
             )
         return False
 
     def state(self) -> dict[str, Any]:
-        return {"in_a_row": self.in_a_row, "total": self.total}
+        return {"in_a_row": dict(self.in_a_row), "total": self.total}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.in_a_row, self.total = state["in_a_row"], state["total"]
+        self.in_a_row, self.total = Counter(state["in_a_row"]), state["total"]

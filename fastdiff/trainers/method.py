@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.prompts import PromptTable
+from fastdiff.errors import UserError
 from fastdiff.models.condition import repeat
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Role, Roles
@@ -135,6 +136,12 @@ def one_step(student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
     """``x0`` [B, C, h, w] of one network call at t = T from ``noise``."""
     t = torch.full((len(noise),), int(student.process.t_max), device=noise.device)
     return student(noise, t, cond).x0
+
+
+def needs_thousand_times(teacher: Teacher) -> None:
+    """Refuse a teacher whose times are not 0..999: the papers' range 20..980 would be another share of its path."""
+    if int(teacher.process.t_max) != 999:
+        raise UserError(f"{teacher.name} has times 0..{int(teacher.process.t_max)}; this method draws t from 20..980 of 0..999.")
 
 
 def due(step: int, ratio: tuple[int, int]) -> bool:

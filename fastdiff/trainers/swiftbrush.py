@@ -18,8 +18,9 @@ from torch import Tensor
 from fastdiff.diffusion.process import expand
 from fastdiff.losses import denoising, pseudo_target, reduce, variational_score_gradient
 from fastdiff.models.roles import Role, Roles
+from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Paper, one_step
+from fastdiff.trainers.method import Batch, Paper, needs_thousand_times, one_step
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,9 @@ class SwiftBrush(PairedMethod):
             lora_targets=("to_q", "to_v"),
         )
         return {"student": Role(train="full", lr=self.lr), "fake_score": fake}
+
+    def validate(self, teacher: Teacher) -> None:
+        needs_thousand_times(teacher)
 
     def regresses(self) -> bool:
         return self.warm_start_steps > 0

@@ -7,7 +7,7 @@ trained on the generator's own samples (fake). The difference of their predictio
     VSD         G = w (eps_real - eps_fake),            w = s^2
     DMD         G = (x0_fake - x0_real) / mean|x - x0_real|      per sample
 
-one and the same reverse-KL direction E[score_fake - score_real] under positive weights: x0_fake - x0_real =
+VSD and DMD are one reverse-KL direction E[score_fake - score_real] under positive weights (SDS lacks the entropy term): x0_fake - x0_real =
 (s^2 / a)(score_fake - score_real) and eps = -s score. Two networks give a gradient, not a loss; ``pseudo_target`` makes the
 loss that has it. Neither network is differentiated: call them without grad.
 
@@ -48,8 +48,8 @@ def pseudo_target(x: Tensor, gradient: Tensor) -> Tensor:
 
     Written as ``0.5 (x - sg[x] + G)^2``, the same in exact arithmetic: x - G would round to x where G is small beside x.
 
-    Reduced by the mean over B n elements the gradient per element is G / (B n). Non-finite entries of G count as zero, as in
-    the official codes; the trainer's health monitor still sees them in the networks' outputs.
+    Reduced by the mean over B n elements the gradient per element is G / (B n). Non-finite entries of G count as zero:
+    a network that puts out NaN gives no gradient, and the trainer's health check, which sees gradient norms, does not notice.
     """
     finite = torch.nan_to_num(widened(gradient), nan=0.0, posinf=0.0, neginf=0.0).detach()
     x = widened(x)

@@ -1,6 +1,6 @@
 """Discriminator heads on a denoiser's bottleneck features (DMD2, arXiv 2405.14867, section 4.3).
 
-The paper's head is conv4x4 s2, GN32, SiLU, conv4x4 s4, GN32, SiLU, 1x1 on 8x8 features of width 1280. Here the second
+The paper's head for SD 1.5 is conv4x4 s2, GN32, SiLU, conv4x4 s4, GN32, SiLU, 1x1 on 8x8 features of width 1280. Here the second
 convolution covers whatever the first leaves, so that 4x4 features of small teachers fit; groups hold 16 channels, since a group of
 two values at one position is normalised to a sign, through which no gradient is worth anything.
 """

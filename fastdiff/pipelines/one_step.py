@@ -19,7 +19,7 @@ from torch import nn
 
 
 def one_step_scheduler(alpha_bar: float, *, timestep: int = 999, prediction_type: str = "epsilon", max_steps: int = 50) -> Any:
-    """A stock scheduler that visits ``timestep`` alone, where ``alphas_cumprod`` is ``alpha_bar`` to 1e-6 relative.
+    """A stock scheduler that visits ``timestep`` alone, where ``alphas_cumprod`` is ``alpha_bar`` to 1e-5 relative.
 
     Raises:
         ValueError: ``alpha_bar`` is 0 (zero-terminal SNR): its log does not exist, so no constant beta reaches it.

@@ -6,7 +6,7 @@
     fake score:  mean ( a_t eps_fake(x_t) - a_t eps )^2 on sg[f],  t ~ U{0..999}, the null prompt for the whole batch w.p. 0.1
 
 Both teachers are guided with the same scale. Frozen: the teacher. Trained: the student, in full; the fake score, a LoRA adapter
-on the teacher's own backbone. Nguyen & Tran, CVPR 2024, arXiv 2312.05239; facts and defaults as in the official script.
+on the teacher's own backbone. Nguyen & Tran, CVPR 2024, arXiv 2312.05239; losses and LoRA as in the official script; lr and its decay are not.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class SwiftBrush(PairedMethod):
     guidance_scale: float = 4.5
     """Guidance of teacher and fake score alike; 1 is off."""
     lr: float = 1e-5
-    """Student learning rate (paper, batch 1,024 over many GPUs: 1e-6)."""
+    """Student learning rate (official command: 1e-6)."""
     fake_score_lr: float = 1e-3
     """Learning rate of the fake score's adapter."""
     rank: int = 64

@@ -61,10 +61,11 @@ def test_same_seed_same_pairs_whatever_the_batch() -> None:
 
 def test_prompts_come_in_balanced_rounds_and_progress_adds_up() -> None:
     told = []
-    pairs = made(tiny_teacher(), batch_size=3, num_inference_steps=1, progress=told.append)
-    assert sorted(torch.bincount(pairs.prompt).tolist()) == [2, 2, 3]
-    assert told == [3, 3, 1]
-    assert len(pairs) == 7
+    pairs = made(tiny_teacher(), n=25, batch_size=10, num_inference_steps=1, progress=told.append)
+    assert sorted(torch.bincount(pairs.prompt).tolist()) == [8, 8, 9]
+    assert all(len(set(part.tolist())) == len(part) for part in pairs.prompt.split(3))
+    assert told == [10, 10, 5]
+    assert len(pairs) == 25
     assert pairs.x0.dtype == torch.float32
     assert not pairs.x0.requires_grad
 

@@ -7,7 +7,8 @@ trained on the generator's own samples (fake). The difference of their predictio
     VSD         G = w (eps_real - eps_fake),            w = s^2
     DMD         G = (x0_fake - x0_real) / mean|x - x0_real|      per sample
 
-VSD and DMD are one reverse-KL direction E[score_fake - score_real] under positive weights (SDS lacks the entropy term): x0_fake - x0_real =
+VSD and DMD are one reverse-KL direction E[score_fake - score_real] under positive weights (SDS lacks the entropy term):
+x0_fake - x0_real =
 (s^2 / a)(score_fake - score_real) and eps = -s score. Two networks give a gradient, not a loss; ``pseudo_target`` makes the
 loss that has it. Neither network is differentiated: call them without grad.
 

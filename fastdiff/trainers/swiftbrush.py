@@ -6,7 +6,8 @@
     fake score:  mean ( a_t eps_fake(x_t) - a_t eps )^2 on sg[f],  t ~ U{0..999}, the null prompt for the whole batch w.p. 0.1
 
 Both teachers are guided with the same scale. Frozen: the teacher. Trained: the student, in full; the fake score, a LoRA adapter
-on the teacher's own backbone. Nguyen & Tran, CVPR 2024, arXiv 2312.05239; losses and LoRA as in the official script; lr and its decay are not.
+on the teacher's own backbone. Nguyen & Tran, CVPR 2024, arXiv 2312.05239; losses and LoRA as in the
+official script; lr and its decay are not.
 """
 
 from dataclasses import dataclass

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdiff.data.prompts import PromptTable, cycled
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.solvers import ddim_sample, trailing_times
+from fastdiff.errors import UserError
 from fastdiff.files import aside
 from fastdiff.models.condition import repeat
 from fastdiff.models.teacher import Teacher
@@ -35,10 +36,17 @@ class Pairs:
         return len(self.prompt)
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Write aside, then rename."""
+        """Write aside, then rename.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
         tensors = {"noise": self.noise, "x0": self.x0, "prompt": self.prompt}
-        with aside(path) as part:
-            save_file(tensors, part, metadata={"settings": json.dumps(settings, sort_keys=True)})
+        try:
+            with aside(path) as part:
+                save_file(tensors, part, metadata={"settings": json.dumps(settings, sort_keys=True)})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write the pairs to {path}: {error}. Free space or choose another --output.") from error
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, Any]) -> "Pairs | None":

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from textwrap import wrap
@@ -121,10 +122,8 @@ def environment() -> dict[str, str]:
     """What a measurement depends on besides the code: versions, processor, threads, GPU."""
     facts = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in _LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):  # a library that is not installed has no version to report
             facts[name] = version(name)
-        except PackageNotFoundError:
-            continue
     facts |= {"cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()

@@ -10,7 +10,8 @@ def reduce(values: Tensor, *, mask: Tensor | None = None, weight: Tensor | None 
 
     Args:
         values: unreduced loss [B, ...].
-        mask: bool, broadcastable to values; masked-out entries count neither in the sum nor in the denominator.
+        mask: bool, broadcastable to values from the left, [B] or [B, 1, ...]; masked-out entries
+            count neither in the sum nor in the denominator.
         weight: broadcastable to values from the left, [B] or [B, 1, ...]; multiplies the values, not the denominator.
         denominator: what to divide by; the number of unmasked entries when None, so that the result is a mean.
 
@@ -22,9 +23,9 @@ def reduce(values: Tensor, *, mask: Tensor | None = None, weight: Tensor | None 
     """
     values = widened(values)
     if weight is not None:
-        values = values * weight.to(values).reshape(*weight.shape, *[1] * (values.ndim - weight.ndim))
+        values = values * _from_left(weight.to(values), values)
     if mask is not None:
-        kept = mask.expand_as(values)
+        kept = _from_left(mask, values).expand_as(values)
         values = values.where(kept, 0.0)
         count = int(kept.sum())
     else:
@@ -32,3 +33,7 @@ def reduce(values: Tensor, *, mask: Tensor | None = None, weight: Tensor | None 
     if denominator is None and count == 0:
         raise ValueError("no entry is left under the mask: the mean would be 0 / 0. Skip the batch or pass denominator=.")
     return values.sum() / (count if denominator is None else denominator)
+
+
+def _from_left(x: Tensor, like: Tensor) -> Tensor:
+    return x.reshape(*x.shape, *[1] * (like.ndim - x.ndim))

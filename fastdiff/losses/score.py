@@ -16,7 +16,6 @@ DreamFusion (ICLR 2023, arXiv 2209.14988), ProlificDreamer (NeurIPS 2023, arXiv 
 2312.05239), DMD (CVPR 2024, arXiv 2311.18828), DMD2 (NeurIPS 2024, arXiv 2405.14867).
 """
 
-import torch
 from torch import Tensor
 
 from fastdiff.losses.precision import widened
@@ -49,12 +48,11 @@ def pseudo_target(x: Tensor, gradient: Tensor) -> Tensor:
 
     Written as ``0.5 (x - sg[x] + G)^2``, the same in exact arithmetic: x - G would round to x where G is small beside x.
 
-    Reduced by the mean over B n elements the gradient per element is G / (B n). Non-finite entries of G count as zero:
-    a network that puts out NaN gives no gradient, and the trainer's health check, which sees gradient norms, does not notice.
+    Reduced by the mean over B n elements the gradient per element is G / (B n). The official codes zero NaN in G; here
+    it stays, makes the gradient norm NaN, and the trainer's health check skips the update and says so.
     """
-    finite = torch.nan_to_num(widened(gradient), nan=0.0, posinf=0.0, neginf=0.0).detach()
     x = widened(x)
-    return 0.5 * (x - x.detach() + finite).square()
+    return 0.5 * (x - x.detach() + widened(gradient).detach()).square()
 
 
 def denoising(prediction: Tensor, target: Tensor, *, weight: Tensor | float = 1.0) -> Tensor:

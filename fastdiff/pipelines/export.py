@@ -55,6 +55,25 @@ not meant for img2img, or for making other schedulers from it: `scheduler_lcm/` 
 """
 
 
+def check_exportable(teacher: Teacher) -> None:
+    """Refuse, before any training, a teacher whose student could not be saved as a one-step pipeline.
+
+    Raises:
+        UserError: the teacher's last time has no signal (no constant beta reaches it), or its network has a guidance embedding
+            of its own (which the export would have to replace).
+    """
+    if teacher.process.alpha(torch.tensor(int(teacher.process.t_max))) == 0:
+        raise UserError(
+            f"the last time of {teacher.name} has no signal (zero-terminal SNR): the stock scheduler that makes one step of a bare "
+            "call cannot be configured for it, and the student could not be saved. Such teachers are not supported yet."
+        )
+    if getattr(teacher.family.backbone.config, "time_cond_proj_dim", None) is not None:
+        raise UserError(
+            f"the network of {teacher.name} embeds its guidance already (time_cond_proj_dim): the student would ignore what it was "
+            "trained with. Take the teacher from before its guidance distillation."
+        )
+
+
 def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mapping[str, Any], prompt: str) -> Any:
     """Save ``network`` with the teacher's other components as a one-step pipeline; returns the pipeline.
 

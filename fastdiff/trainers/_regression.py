@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastdiff.data.pairs import Pairs, make_pairs
+from fastdiff.errors import UserError
 from fastdiff.losses import pseudo_huber, reduce
 from fastdiff.models.roles import Roles
 from fastdiff.trainers.method import Batch, Method, Preparation, one_step
@@ -34,6 +35,14 @@ class PairedMethod(Method):
     """Student learning rate of the regression update."""
     huber_c: float = 0.1
     """Where the pseudo-Huber distance turns from square to absolute value, in units of latents."""
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "pair_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        for name in ("huber_c", "regression_lr"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0.")
 
     def regresses(self) -> bool:
         """Whether pairs are needed at all."""

@@ -55,6 +55,9 @@ class Config:
         for name in ("max_steps", "batch_size", "accumulation", "save_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        for name in ("warmup_steps", "validate_every", "max_bad_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative.")
         if not self.max_grad_norm > 0:
             raise UserError(f"max_grad_norm is {self.max_grad_norm}: it must be above 0; 0 would clip every gradient to nothing.")
         for name, known in _CHOICES.items():

@@ -65,6 +65,9 @@ class DMD2(PairedMethod):
     """First regress on ODE pairs for so many iterations (0: not at all)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.gan_weight, self.discriminator_weight, self.warm_start_steps) < 0:
+            raise UserError("gan_weight, discriminator_weight and warm_start_steps must not be negative; 0 turns each off.")
         if self.fake_score not in {"full", "lora"}:
             raise UserError(f"fake_score is {self.fake_score!r}: expected full or lora.")
         if not 1 <= self.ratio[0] <= self.ratio[1]:

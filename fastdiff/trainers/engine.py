@@ -28,7 +28,7 @@ from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.pipelines.export import export_one_step, verify_export
+from fastdiff.pipelines.export import check_exportable, export_one_step, verify_export
 from fastdiff.trainers import checkpoint
 from fastdiff.trainers.config import FREE_ON_RESUME, Config
 from fastdiff.trainers.draws import Draws, generator_for
@@ -71,6 +71,7 @@ class Trainer:
                 f"the teacher {teacher.name} is loaded in half precision: small steps on such weights round to nothing. "
                 "Load it in float32 and pass mixed_precision='bf16'."
             )
+        check_exportable(teacher)
         teacher.pipeline.to(self.accelerator.device)
         method.validate(teacher)
         self.prompts = PromptTable(read_prompts(prompts, teacher), teacher)
@@ -200,14 +201,15 @@ class Trainer:
         return [Batch(d, self.prompts, self.teacher) for d in draws]
 
     def _backward(self, update: str, micro: list[Batch], trained: tuple[str, ...]) -> dict[str, Tensor]:
-        """Gradients of the mean loss over the micro-batches; returns the terms of the last one."""
+        """Gradients of the mean loss over the micro-batches; returns the means of its terms."""
         self._roles.train_only(*trained)
-        terms: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
         for batch in micro:
             with self.accelerator.autocast():
                 terms = self.method.loss(update, batch, self._roles)
             self.accelerator.backward(sum(terms.values()) / len(micro))
-        return terms
+            means = {name: means.get(name, 0.0) + value.detach() / len(micro) for name, value in terms.items()}
+        return means
 
     def _reduce_and_clip(self, trained: tuple[str, ...]) -> float:
         parameters = [p for name in trained for p in self._roles.parameters(name)]
@@ -223,9 +225,10 @@ class Trainer:
     def _after_iteration(self) -> None:
         config, step = self.config, self._step
         last = step == config.max_steps
-        if step % config.save_every == 0 or last or self._agreed_to_stop():
+        stopping = self._agreed_to_stop()  # asked in every iteration, by every process
+        if step % config.save_every == 0 or last or stopping:
             self._save()
-        if self._stop_requested and not last:
+        if stopping and not last:
             raise KeyboardInterrupt(f"stopped after {step} of {config.max_steps} iterations; continue with --resume")
         if config.validate_every and step % config.validate_every == 0:
             self._validate()

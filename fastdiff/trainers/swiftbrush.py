@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.process import expand
+from fastdiff.errors import UserError
 from fastdiff.losses import denoising, pseudo_target, reduce, variational_score_gradient
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
@@ -50,6 +51,13 @@ class SwiftBrush(PairedMethod):
     """How often the fake score learns the null prompt, which its guidance needs; decided once per batch."""
     warm_start_steps: int = 0
     """First regress on ODE pairs for so many iterations (0: not at all, as in the paper)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.null_probability <= 1:
+            raise UserError(f"null_probability is {self.null_probability}: it must be in [0, 1].")
+        if self.warm_start_steps < 0:
+            raise UserError(f"warm_start_steps is {self.warm_start_steps}: it must not be negative; 0 turns the warm start off.")
 
     def roles(self) -> dict[str, Role]:
         fake = Role(

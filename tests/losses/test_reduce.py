@@ -30,6 +30,12 @@ def test_a_weight_belongs_to_the_sample_and_not_to_the_last_axis() -> None:
     torch.testing.assert_close(reduce(x, weight=w[:, None, None]), want, rtol=1e-13, atol=0)
 
 
+def test_a_mask_of_samples_masks_samples_whatever_the_other_sizes() -> None:
+    """Broadcast from the right, [B] on [B, n, B] would mask columns, without an error."""
+    x, mask = values(3, 2, 3), torch.tensor([True, False, True])
+    torch.testing.assert_close(reduce(x, mask=mask), x[[0, 2]].mean(), rtol=1e-13, atol=0)
+
+
 def test_weight_and_mask_together_divide_by_the_count_and_not_by_the_weight() -> None:
     x, w, mask = values(3, 4), torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64), values(3, 4, seed=1) > 0
     want = (w[:, None] * x)[mask].sum() / mask.sum()

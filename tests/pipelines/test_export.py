@@ -106,3 +106,19 @@ def test_a_full_disk_leaves_nothing_that_loads(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="No space left"):
         export_one_step(teacher, teacher.family.backbone, tmp_path, note=NOTE, prompt="x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_teachers_whose_student_could_not_be_saved_are_refused_before_the_training(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    from fastdiff import Trainer
+    from fastdiff.models.teacher import Teacher
+    from fastdiff.trainers import ODEPairs
+
+    dark = tiny_pipeline(prediction_type="v_prediction")
+    dark.scheduler = DDIMScheduler.from_config(dark.scheduler.config, rescale_betas_zero_snr=True)
+    guided = tiny_pipeline()
+    guided.unet = without_guidance(guided.unet)
+    for pipeline, reason in ((dark, "no signal"), (guided, "time_cond_proj_dim")):
+        with pytest.raises(UserError, match=reason):
+            Trainer(ODEPairs(), Teacher(pipeline, name="fashion"), output_dir=tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastdiff.trainers
+from fastdiff.errors import UserError
 from fastdiff.trainers.method import Method
 
 ROOT = Path(__file__).parents[2]
@@ -58,3 +59,20 @@ def test_companions_exist(method: type[Method]) -> None:
     assert page.exists()
     assert "| paper | ours | baseline |" in page.read_text()
     assert f"(methods/{method.name()}.md)" in (ROOT / "docs" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("ODEPairs", {"pairs": 0}),
+        ("ODEPairs", {"pair_steps": 0}),
+        ("ODEPairs", {"huber_c": 0.0}),
+        ("DMD2", {"gan_weight": -1.0}),
+        ("DMD2", {"pairs": 0}),
+        ("SwiftBrush", {"null_probability": 3.0}),
+        ("SwiftBrush", {"warm_start_steps": -1}),
+    ],
+)
+def test_values_that_cannot_work_are_refused(method: str, fields: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(fields))):
+        getattr(fastdiff.trainers, method)(**fields)

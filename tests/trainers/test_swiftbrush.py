@@ -123,3 +123,14 @@ def test_warm_start_regresses_first_and_makes_no_pairs_without(tmp_path: Path) -
     run = started(tmp_path)
     assert not list(tmp_path.glob("pairs*"))
     run.close()
+
+
+def test_a_teacher_that_puts_out_nan_is_noticed(tmp_path: Path) -> None:
+    """Zeroed in the gradient, it would train nothing with loss 0 to the end, and export the untrained student."""
+    run = started(tmp_path)
+    before = [p.clone() for p in run._roles.parameters("student")]
+    run.teacher.family.backbone.conv_out.bias.data[0] = torch.nan
+    run.advance()
+    assert run._health.in_a_row["student"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, run._roles.parameters("student"), strict=True))
+    run.close()

@@ -111,7 +111,7 @@ class Trainer:
         self._log = Log(self.folder, self.accelerator, total=self.config.max_steps, every=self.config.log_every)
         self._step, self._seconds = 0, 0.0
         if self.config.resume:
-            self._resume()
+            self._resume(checkpoint.latest(self.folder / "checkpoints"))
         clock = time.perf_counter()
         self.method.prepare(
             Preparation(
@@ -127,11 +127,14 @@ class Trainer:
         self._seconds += time.perf_counter() - clock
 
     def _make_folder(self) -> None:
+        newest = checkpoint.latest(self.folder / "checkpoints")
+        if self.config.resume and newest is None:
+            raise UserError(f"nothing to resume in {self.folder}: it has no checkpoint. Start without --resume.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the output folder {self.folder}: {error}. Choose another --output.") from error
-        if not self.config.resume and checkpoint.latest(self.folder / "checkpoints"):
+        if not self.config.resume and newest is not None:
             raise UserError(
                 f"{self.folder} holds the checkpoints of an earlier run, which this one would mix with its own. "
                 "Continue it with --resume, or choose another --output, or delete the folder."
@@ -266,10 +269,8 @@ class Trainer:
             checkpoint.save(self.folder / "checkpoints", self._step, state, tensors, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
-        path = checkpoint.latest(self.folder / "checkpoints")
-        if path is None:
-            raise UserError(f"nothing to resume in {self.folder}: it has no checkpoint. Start without --resume.")
+    def _resume(self, path: Path | None) -> None:
+        assert path is not None, "_make_folder refuses to resume where nothing is"
         state, tensors = checkpoint.load(path)
         mine, theirs = self._identity(), state["run"]
         changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))

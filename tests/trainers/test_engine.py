@@ -294,7 +294,8 @@ def test_a_second_run_does_not_mix_with_the_checkpoints_of_the_first(tmp_path: P
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint"):
-        trainer(Sick(), tmp_path, max_steps=4, resume=True).start()
+        trainer(Sick(), tmp_path / "new", max_steps=4, resume=True).start()
+    assert not (tmp_path / "new").exists()
 
 
 def test_unknown_option_names_the_nearest(tmp_path: Path) -> None:

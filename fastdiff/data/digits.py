@@ -21,4 +21,4 @@ def teacher(process: NoiseProcess, *, std: float = 0.1) -> GaussianMixture:
     images, labels = load()
     n = len(images)
     variances = torch.full((n,), std**2, dtype=images.dtype)
-    return GaussianMixture(images.flatten(1), variances, torch.ones(n, dtype=images.dtype), process, labels=labels)
+    return GaussianMixture(images.flatten(1), variances, torch.ones(n), process, labels=labels, shape=(1, 8, 8))

@@ -20,6 +20,8 @@ def read_prompts(source: str | Path | Sequence[str] | None, teacher: Teacher) ->
     Raises:
         UserError: no such file, nothing in it, or None for a teacher that has no prompts of its own.
     """
+    if source is None and teacher.prompts is not None:
+        return teacher.prompts
     if source is None:
         if teacher.name != "fashion":
             raise UserError(

@@ -1,10 +1,21 @@
 """Noise processes: ``x_t = alpha(t) x0 + sigma(t) eps``.
 
-A process owns its time and gives alpha and sigma in float64; tensors keep their own dtype. ``DiscreteVP`` is the one of
-Stable Diffusion: t = 0..T-1, ``alpha = sqrt(abar_t)``, ``sigma = sqrt(1 - abar_t)`` (Ho et al., DDPM, NeurIPS 2020,
-arXiv 2006.11239), read from a diffusers scheduler's own table, never guessed.
+A process owns its time and gives alpha, sigma and their derivatives in float64; tensors keep their own dtype. What makes one
+process another is only a change of time and scale: with the noise-to-signal ratio ``r = sigma / alpha``, equal r means equal
+information (``matching.SNRMatched``), and every process gives the time that has a given r.
+
+    process          time                 alpha        sigma          a network's time
+    DiscreteVP       0, 1, .. T-1         sqrt(abar)   sqrt(1-abar)   t
+    ContinuousVP     [0, T-1]             the same, log r interpolated linearly
+    EDM              sigma: [0.002, 80]   1            t              ln(t) / 4
+    RectifiedFlow    [0, 1]               1 - t        t              1000 t
+    TrigFlow         [0, pi/2]            cos t        sigma_data sin t    t
+
+DDPM (NeurIPS 2020, arXiv 2006.11239), EDM (NeurIPS 2022, arXiv 2206.00364), flow matching (ICLR 2023, arXiv 2210.02747),
+rectified flow (ICLR 2023, arXiv 2209.03003), sCM (ICLR 2025, arXiv 2410.11081).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +33,10 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 class NoiseProcess(ABC):
     """The Gaussian path ``x_t = alpha(t) x0 + sigma(t) eps``; times are tensors [B] or scalars."""
 
+    t_min: float = 0.0
     t_max: float
+    sigma_data: float = 1.0
+    """Standard deviation of the data that the EDM and TrigFlow parametrisations are scaled by."""
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -32,17 +46,46 @@ class NoiseProcess(ABC):
     def sigma(self, t: Tensor) -> Tensor:
         """Noise coefficient, float64, the shape of ``t``."""
 
+    @abstractmethod
+    def dalpha(self, t: Tensor) -> Tensor:
+        """d alpha / dt, float64, the shape of ``t``."""
+
+    @abstractmethod
+    def dsigma(self, t: Tensor) -> Tensor:
+        """d sigma / dt, float64, the shape of ``t``."""
+
+    @abstractmethod
+    def t_from_nsr(self, r: Tensor) -> Tensor:
+        """The time whose noise-to-signal ratio is ``r``: the inverse of ``nsr``, float64."""
+
     def network_time(self, t: Tensor) -> Tensor:
         """The number a network trained under this process expects as its time input."""
         return t
+
+    def nsr(self, t: Tensor) -> Tensor:
+        """Noise-to-signal ratio ``r = sigma / alpha``; infinite where there is no signal."""
+        return self.sigma(t) / self.alpha(t)
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio ``alpha^2 / sigma^2``."""
         return (self.alpha(t) / self.sigma(t)).square()
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """``lambda = log(alpha / sigma)``, half the logarithm of the signal-to-noise ratio, as DPM-Solver has it."""
+        return self.alpha(t).log() - self.sigma(t).log()
+
+    def norm(self, t: Tensor) -> Tensor:
+        """``rho = sqrt(alpha^2 + sigma^2)``; 1 for variance-preserving processes."""
+        return torch.hypot(self.alpha(t), self.sigma(t))
+
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``x_t`` of samples x0 [B, ...], noise eps [B, ...] and times t [B]."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
+
+    @property
+    def initial_scale(self) -> float:
+        """Standard deviation that sampling starts from at ``t_max``: sigma there, and 1 for variance-preserving processes."""
+        return 1.0
 
 
 class DiscreteVP(NoiseProcess):
@@ -69,6 +112,30 @@ class DiscreteVP(NoiseProcess):
     def sigma(self, t: Tensor) -> Tensor:
         return self._at(self._sigma, t)
 
+    def dalpha(self, t: Tensor) -> Tensor:
+        """Of the continuous view, at the rows; refused at a last row without signal, which that view does not reach."""
+        return self.continuous().dalpha(torch.as_tensor(t).double())
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        """Of the continuous view, as ``dalpha`` is."""
+        return self.continuous().dsigma(torch.as_tensor(t).double())
+
+    def t_from_nsr(self, r: Tensor) -> Tensor:
+        """The row, int64, whose log ratio is nearest; ask the process for its r again, which is not the given one.
+
+        A last row without signal is nearest, by angle, from twice the r of the row before it.
+        """
+        view = self.continuous()
+        row = view.t_from_nsr(r).round().long()
+        if view.t_max < self.t_max:
+            beyond = torch.as_tensor(r).to("cpu", torch.float64) > 2 * view.nsr(torch.tensor(view.t_max))
+            row = torch.where(beyond, int(self.t_max), row)
+        return row
+
+    def continuous(self) -> "ContinuousVP":
+        """The same process with real times between the rows, for networks that take them."""
+        return ContinuousVP(self.alphas_cumprod)
+
     def _at(self, table: Tensor, t: Tensor) -> Tensor:
         index = torch.as_tensor(t)
         if index.is_floating_point():
@@ -79,21 +146,206 @@ class DiscreteVP(NoiseProcess):
         return table[index]
 
 
-def process_from_scheduler(config: Mapping[str, Any]) -> tuple[NoiseProcess, str]:
-    """The process and prediction type ("epsilon", "v_prediction", "sample") that a diffusers scheduler config describes.
+class ContinuousVP(NoiseProcess):
+    """A variance-preserving table read at real times [0, T-1]: log r is linear between rows, so are its derivatives' jumps.
+
+    With zero-terminal SNR the last row's r is infinite; the view ends one row before it.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        table = DiscreteVP(alphas_cumprod).alphas_cumprod
+        table = table[table > 0]
+        self._log_nsr = 0.5 * ((1 - table).log() - table.log())
+        self.t_max = len(table) - 1
+
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log r and its derivative."""
+        t = torch.as_tensor(t).to("cpu", torch.float64)
+        if ((t < 0) | (t > self.t_max)).any():
+            raise ValueError(f"times must be in 0..{self.t_max}, came {t.min():.6g}..{t.max():.6g}.")
+        row = t.floor().long().clamp(max=int(self.t_max) - 1)
+        slope = self._log_nsr[row + 1] - self._log_nsr[row]
+        return self._log_nsr[row] + (t - row) * slope, slope
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(-2 * self._at(t)[0]).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(2 * self._at(t)[0]).sqrt()
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -self.alpha(t) * self.sigma(t).square() * self._at(t)[1]
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return self.sigma(t) * self.alpha(t).square() * self._at(t)[1]
+
+    def t_from_nsr(self, r: Tensor) -> Tensor:
+        """Clamped to the table's ends, as diffusers' own interpolation is."""
+        value = torch.as_tensor(r).to("cpu", torch.float64).log()
+        row = (torch.searchsorted(self._log_nsr, value.contiguous()) - 1).clamp(0, int(self.t_max) - 1)
+        low, high = self._log_nsr[row], self._log_nsr[row + 1]
+        return row + ((value - low) / (high - low)).clamp(0, 1)
+
+
+class EDM(NoiseProcess):
+    """Variance-exploding process whose time is sigma itself."""
+
+    def __init__(self, *, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5) -> None:
+        self.t_min, self.t_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(_double(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return _double(t)
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(_double(t))
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(_double(t))
+
+    def t_from_nsr(self, r: Tensor) -> Tensor:
+        return _double(r)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """``c_noise = ln(sigma) / 4``."""
+        return _double(t).log() / 4
+
+    @property
+    def initial_scale(self) -> float:
+        return self.t_max
+
+
+class RectifiedFlow(NoiseProcess):
+    """The straight path between data (t = 0) and noise (t = 1).
+
+    Args:
+        shift: k of the teacher's sampling grid (``times.shift_time``); the path itself does not depend on it.
+        dynamic_shift: the resolution-dependent one of FLUX, which replaces ``shift`` when given.
+        num_train_timesteps: what a network's time is multiplied by.
+    """
+
+    def __init__(
+        self, *, shift: float = 1.0, dynamic_shift: Mapping[str, Any] | None = None, num_train_timesteps: int = 1000
+    ) -> None:
+        self.t_max, self.shift, self.num_train_timesteps = 1.0, shift, num_train_timesteps
+        self.dynamic_shift = dict(dynamic_shift) if dynamic_shift else None
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - _double(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return _double(t)
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(_double(t))
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(_double(t))
+
+    def t_from_nsr(self, r: Tensor) -> Tensor:
+        """``r / (1 + r)``; infinity is t = 1."""
+        return 1 / (1 + 1 / _double(r))
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return _double(t) * self.num_train_timesteps
+
+
+class TrigFlow(NoiseProcess):
+    """The circle ``x_t = cos t x0 + sin t z`` with ``z = sigma_data eps``."""
+
+    def __init__(self, *, sigma_data: float = 0.5) -> None:
+        self.t_max, self.sigma_data = math.pi / 2, sigma_data
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return _double(t).cos()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_data * _double(t).sin()
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -_double(t).sin()
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return self.sigma_data * _double(t).cos()
+
+    def nsr(self, t: Tensor) -> Tensor:
+        """``sigma_data tan t``, infinite from pi/2 on: float32 rounds pi/2 up, and diffusers starts at 1.57080."""
+        r = self.sigma_data * _double(t).tan()
+        return torch.where(r < 0, torch.inf, r)
+
+    def t_from_nsr(self, r: Tensor) -> Tensor:
+        return torch.atan(_double(r) / self.sigma_data)
+
+    @property
+    def initial_scale(self) -> float:
+        return self.sigma_data
+
+
+def _double(t: Tensor) -> Tensor:
+    return torch.as_tensor(t).to(torch.float64)
+
+
+def process_from_scheduler(scheduler: Any) -> tuple[NoiseProcess, str]:
+    """The process and prediction type (see ``prediction``) of a diffusers scheduler, or of its config as saved.
+
+    diffusers writes the class's name into a config only when it saves it: give a scheduler that was built in memory itself.
 
     Raises:
-        ValueError: the schedule is not one of the VP family.
+        ValueError: it describes none of the processes known here.
     """
-    from diffusers import DDPMScheduler
-
+    config: Mapping[str, Any] = scheduler if isinstance(scheduler, Mapping) else scheduler.config
+    name = type(scheduler).__name__ if config is not scheduler else str(config.get("_class_name", "(of no class)"))
     prediction = str(config.get("prediction_type", "epsilon"))
-    if "beta_schedule" not in config or prediction not in {"epsilon", "v_prediction", "sample"}:
+    if name.startswith("FlowMatch"):
+        if config.get("invert_sigmas"):
+            raise ValueError(
+                f"scheduler {name} with invert_sigmas: its network's time runs from noise to data and it predicts minus the "
+                "velocity, so as a flow it would be asked at the wrong times. Wrap the network and give RectifiedFlow yourself."
+            )
+        return _flow(config, config.get("shift", 1.0)), "flow_prediction"
+    if prediction == "flow_prediction" or (config.get("use_flow_sigmas") and prediction in {"epsilon", "sample"}):
+        return _flow(config, config.get("flow_shift", 1.0)), prediction
+    if name == "SCMScheduler" and config.get("prediction_type", "trigflow") == "trigflow":
+        return TrigFlow(sigma_data=config.get("sigma_data", 0.5)), "trigflow"
+    if name.startswith("EDM") and prediction in {"epsilon", "v_prediction"}:  # diffusers' names of F and -F
+        sigmas = {key: config[key] for key in ("sigma_min", "sigma_max", "sigma_data") if key in config}
+        return EDM(**sigmas), "edm" if prediction == "epsilon" else "trigflow"
+    known = {"epsilon", "v_prediction", "sample"}
+    if "beta_schedule" not in config or config.get("use_flow_sigmas") or prediction not in known or name.startswith("EDM"):
         raise ValueError(
-            f"scheduler {config.get('_class_name', '?')} with prediction type {prediction!r} is no variance-preserving "
-            "process (it has no beta_schedule): its sigmas would be read as something they are not. Supported now: the "
-            "schedulers of Stable Diffusion and SDXL."
+            f"scheduler {name} with prediction type {prediction!r} is no process known here: its sigmas would be read as "
+            "something they are not. Known: schedulers with a beta_schedule, FlowMatch*, EDM*, SCMScheduler; a config built in "
+            "memory has no class, so pass the scheduler itself."
         )
-    names = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
-    scheduler = DDPMScheduler(**{key: value for key, value in config.items() if key in names})
-    return DiscreteVP(scheduler.alphas_cumprod), prediction
+    process = DiscreteVP(_vp_table(config))
+    if config.get("timestep_type") == "continuous" and prediction == "v_prediction":
+        return _continuous_euler(config, process), "trigflow"
+    return process, prediction
+
+
+def _vp_table(config: Mapping[str, Any]) -> Tensor:
+    from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
+
+    kind, names = DDPMScheduler, {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
+    if "snr_shift_scale" in config:  # CogVideoX: r is multiplied by the root of it, before any rescaling to zero SNR
+        kind, names = CogVideoXDDIMScheduler, names | {"snr_shift_scale"}
+    names = names | {"rescale_betas_zero_snr"}
+    try:
+        table: Tensor = kind(**{key: value for key, value in config.items() if key in names}).alphas_cumprod
+    except NotImplementedError as error:
+        raise ValueError(f"beta_schedule {config['beta_schedule']!r} is not known: pass its betas as trained_betas.") from error
+    return table
+
+
+def _flow(config: Mapping[str, Any], shift: float) -> RectifiedFlow:
+    names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
+    by_size = {key: config[key] for key in names if key in config} if config.get("use_dynamic_shifting") else None
+    return RectifiedFlow(shift=shift, dynamic_shift=by_size, num_train_timesteps=int(config.get("num_train_timesteps", 1000)))
+
+
+def _continuous_euler(config: Mapping[str, Any], table: DiscreteVP) -> EDM:
+    """Stable Video Diffusion's EulerDiscreteScheduler: sigma is the time, ln(sigma) / 4 the network's, its v is F for unit data."""
+    low, high = table.nsr(torch.tensor([0, int(table.t_max)])).tolist()
+    return EDM(sigma_min=config.get("sigma_min") or low, sigma_max=config.get("sigma_max") or high, sigma_data=1.0)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from fastdiff.losses.precision import widened
+from fastdiff.losses.shapes import from_left
 
 
 def reduce(values: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None, denominator: float | None = None) -> Tensor:
@@ -23,9 +24,9 @@ def reduce(values: Tensor, *, mask: Tensor | None = None, weight: Tensor | None 
     """
     values = widened(values)
     if weight is not None:
-        values = values * _from_left(weight.to(values), values)
+        values = values * from_left(weight.to(values), values)
     if mask is not None:
-        kept = _from_left(mask, values).expand_as(values)
+        kept = from_left(mask, values).expand_as(values)
         values = values.where(kept, 0.0)
         count = int(kept.sum())
     else:
@@ -33,7 +34,3 @@ def reduce(values: Tensor, *, mask: Tensor | None = None, weight: Tensor | None 
     if denominator is None and count == 0:
         raise ValueError("no entry is left under the mask: the mean would be 0 / 0. Skip the batch or pass denominator=.")
     return values.sum() / (count if denominator is None else denominator)
-
-
-def _from_left(x: Tensor, like: Tensor) -> Tensor:
-    return x.reshape(*x.shape, *[1] * (like.ndim - x.ndim))

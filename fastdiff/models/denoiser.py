@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.guidance import guide
-from fastdiff.diffusion.prediction import Prediction, x0_from_output
-from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.diffusion.guidance import Scale, guide
+from fastdiff.diffusion.prediction import Prediction, input_scale, x0_from_output
+from fastdiff.diffusion.process import NoiseProcess, expand
 from fastdiff.models.condition import concat
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
@@ -25,16 +25,36 @@ class Denoiser:
         self.network, self.process, self.prediction_type = network, process, prediction_type
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Any) -> Prediction:
-        output = self.network(x_t, self.process.network_time(t), cond)
+        scale = input_scale(self.process, t, self.prediction_type)
+        x_in = x_t if scale is None else expand(scale, x_t) * x_t
+        output = self.network(x_in, self.process.network_time(t), cond)
         return Prediction(x_t, t, x0_from_output(output, x_t, t, self.process, self.prediction_type), self.process)
 
-    def guided(self, x_t: Tensor, t: Tensor, cond: Any, null: Any, scale: float) -> Prediction:
-        """Classifier-free guidance ``u + s (c - u)`` in one call of double batch; at s = 1 the null pass is not run.
+    def guided(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Any,
+        null: Any,
+        scale: Scale,
+        *,
+        batched: bool = True,
+        combine: Callable[[Tensor, Tensor, Scale], Tensor] = guide,
+        on: str = "sample",
+    ) -> Prediction:
+        """Classifier-free guidance ``u + s (c - u)``; the null pass is not run when every scale is 1.
 
-        Guidance acts on x0, which commutes with every other parametrisation.
+        Args:
+            scale: a number, or one a sample [B].
+            batched: one call of double batch; else two calls, which need half the memory.
+            combine: another rule of ``diffusion.guidance``, its options bound with ``functools.partial``.
+            on: the prediction type that the rule acts on. Plain guidance is the same on all of them; the others are not.
         """
-        if scale == 1:
+        if bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1:
             return self(x_t, t, cond)
-        both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), concat(null, cond))
-        uncond, conditional = both.x0.chunk(2)
-        return Prediction(x_t, t, guide(conditional, uncond, scale), self.process)
+        if batched:
+            uncond, conditional = self(torch.cat([x_t, x_t]), torch.cat([t, t]), concat(null, cond)).output(on).chunk(2)
+        else:
+            uncond, conditional = (self(x_t, t, c).output(on) for c in (null, cond))
+        x0 = x0_from_output(combine(conditional, uncond, scale), x_t, t, self.process, on)
+        return Prediction(x_t, t, x0, self.process)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.models.denoiser import Denoiser, Network
+from fastdiff.models.law import LawDenoiser
 from fastdiff.models.teacher import Teacher
 
 
@@ -33,6 +34,7 @@ class Role:
     rank: int = 8
     lora_alpha: float = 8.0
     lora_targets: tuple[str, ...] | None = None
+    """Layers to adapt; the family's own where it has none of these names."""
     build: Callable[[Teacher], nn.Module] | None = None
 
 
@@ -61,6 +63,17 @@ class Adapters:
             yield self.network
         finally:
             self._set(before)
+
+    def take_off(self, *, merge: str | None = None) -> None:
+        """Put the original layers back; ``merge`` adds one adapter to their weights first."""
+        for layer in self.layers:
+            if merge is not None:
+                layer.merge(adapter_names=[merge])
+        wrapped = set(map(id, self.layers))
+        for parent in list(self.network.modules()):
+            for key, child in list(parent.named_children()):
+                if id(child) in wrapped:
+                    setattr(parent, key, child.get_base_layer())
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their name in the backbone."""
@@ -138,6 +151,8 @@ class Roles:
 
     def denoiser(self, name: str) -> Denoiser:
         """The role as a denoiser under the teacher's process and prediction type."""
+        if name == "teacher" and self.teacher.law is not None:
+            return LawDenoiser(self.teacher.law, count=lambda n: self.ledger.update({"teacher": n}))
         return Denoiser(self.network(name), self.teacher.process, self.teacher.prediction_type)
 
     def backbone(self, name: str) -> nn.Module:
@@ -163,24 +178,21 @@ class Roles:
         """A stock network with the role's weights; a LoRA role is merged into a copy of the backbone."""
         if self.specs[name].train != "lora":
             return copy.deepcopy(self.modules[name])
-        network: Any = copy.deepcopy(self.teacher.family.backbone)
-        network.enable_adapters()
-        network.set_adapter(name)
-        network.fuse_lora(adapter_names=[name])
-        network.unload_lora()
+        network = copy.deepcopy(self.teacher.family.backbone)
+        Adapters(network).take_off(merge=name)
         return network
 
     def close(self) -> None:
         """Take the adapters off the teacher's backbone, which is then what it was before, bit for bit."""
         if self.adapters is not None:
-            backbone: Any = self.teacher.family.backbone
-            with self.adapters.use(None):
-                backbone.unload_lora()
+            self.adapters.take_off()
             self.adapters = None
 
 
-def _add_adapter(backbone: Any, name: str, role: Role, targets: tuple[str, ...]) -> None:
-    from peft import LoraConfig
+def _add_adapter(backbone: nn.Module, name: str, role: Role, targets: tuple[str, ...]) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=role.rank, lora_alpha=role.lora_alpha, target_modules=list(role.lora_targets or targets))
-    backbone.add_adapter(config, adapter_name=name)
+    names = [key.removesuffix(".base_layer") for key, _ in backbone.named_modules()]
+    wanted = [t for t in role.lora_targets or () if any(key == t or key.endswith(f".{t}") for key in names)]
+    config = LoraConfig(r=role.rank, lora_alpha=role.lora_alpha, target_modules=wanted or list(targets))
+    inject_adapter_in_model(config, backbone, adapter_name=name)

@@ -3,30 +3,46 @@
 >>> teacher = Teacher.from_pretrained("fashion")                  # bundled; or a diffusers folder, or a hub id
 >>> cond, null = teacher.encode(["a red boot on a white background"]), teacher.encode([""])
 >>> teacher.denoiser.guided(x_t, t, cond, null, 3.0).x0
+
+>>> Teacher.from_module(network, DiscreteVP(table), "v_prediction", shape=(1, 8, 8), prompts=["0", "1"])      # your own network
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastdiff.diffusion.process import DiscreteVP, NoiseProcess
 from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.families import family_of
+from fastdiff.models.families.base import Family
+from fastdiff.models.families.module import Module
+from fastdiff.models.law import Law, LawDenoiser
 
 BUNDLED = {"fashion": Path(__file__).parent.parent / "assets" / "fashion"}
 
 
 class Teacher:
-    """A frozen diffusers pipeline seen as a denoiser. It refuses, with the reason, what it has no adapter for."""
+    """A frozen teacher: a diffusers pipeline, or whatever a ``Family`` describes. It refuses, with the reason, what has none.
 
-    def __init__(self, pipeline: Any, *, name: str = "teacher") -> None:
-        self.pipeline, self.name, self.family = pipeline, name, family_of(pipeline)
-        for component in pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
-                component.eval().requires_grad_(False)
+    Attributes:
+        family: how it is called; ``family.pipeline`` is the diffusers pipeline or None.
+        denoiser: the frozen denoiser. ``law`` is the closed form that answers in place of the network, or None.
+        prompts: the prompts it brings along, or None.
+    """
+
+    def __init__(
+        self, source: Any, *, name: str = "teacher", prompts: Sequence[str] | None = None, law: Law | None = None
+    ) -> None:
+        self.family: Family = source if isinstance(source, Family) else family_of(source)
+        self.pipeline, self.name, self.law = self.family.pipeline, name, law
+        self.prompts = None if prompts is None else list(prompts)
+        for network in self.family.networks():
+            network.eval().requires_grad_(False)
         try:
             self.process, self.prediction_type = self.family.process()
         except ValueError as error:
@@ -37,7 +53,35 @@ class Teacher:
                 "Such a scheduler belongs to a v-prediction teacher; set rescale_betas_zero_snr to false or prediction_type right."
             )
         self._null: tuple[Any, Any] = (None, None)
-        self.denoiser = Denoiser(self.family.network(self.family.backbone), self.process, self.prediction_type)
+        network = self.family.network(self.family.backbone)
+        self.denoiser = LawDenoiser(law) if law is not None else Denoiser(network, self.process, self.prediction_type)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        process: NoiseProcess,
+        prediction_type: str,
+        *,
+        shape: Sequence[int],
+        prompts: Sequence[str] = ("",),
+        name: str = "module",
+        law: Law | None = None,
+        **options: Any,
+    ) -> "Teacher":
+        """A network of your own, called ``module(x_t, network_time, cond)``.
+
+        Args:
+            module: puts out a tensor like x_t [B, *shape].
+            process: what x_t is made by; ``network_time`` is its ``process.network_time(t)``.
+            prediction_type: one of ``fastdiff.diffusion.prediction.PREDICTION_TYPES``.
+            shape: of one sample.
+            prompts: what to train on; class labels as text unless ``encode`` is given.
+            law: a closed form that answers for the teacher; ``module`` then only starts the students.
+            options: ``encode`` (prompts to a condition), ``decode`` (samples to images), ``lora_targets`` (all linear layers),
+                ``call(module, x_t, network_time, cond)``.
+        """
+        return cls(Module(module, process, prediction_type, shape, **options), name=name, prompts=prompts, law=law)
 
     @classmethod
     def from_pretrained(
@@ -54,8 +98,8 @@ class Teacher:
         return cls(load_pipeline(name, dtype=dtype).to(device), name=short)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape of one latent, (C, h, w)."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample of the process, such as (C, h, w)."""
         return self.family.latent_shape
 
     @property
@@ -85,14 +129,18 @@ class Teacher:
     def identity(self) -> str:
         """SHA-256 of everything that decides what the teacher makes of a latent and a prompt: all networks, the schedule, the
         prediction type."""
-        networks = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        times = torch.arange(int(self.process.t_max) + 1)
-        schedule = ",".join(f"{a:.9g}" for a in self.process.alpha(times).tolist())
+        networks = self.family.networks()
+        if isinstance(self.process, DiscreteVP):
+            times = torch.arange(int(self.process.t_max) + 1)
+        else:
+            times = torch.linspace(self.process.t_min, self.process.t_max, 1001, dtype=torch.float64)
+        path = zip(self.process.alpha(times).tolist(), self.process.sigma(times).tolist(), strict=True)
+        schedule = ",".join(f"{a:.9g} {s:.9g}" for a, s in path)
         parts = [*map(_hash, networks), self.prediction_type, schedule]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 
-def _hash(network: torch.nn.Module) -> str:
+def _hash(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
         if ".lora_" not in key:

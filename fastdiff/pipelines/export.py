@@ -1,12 +1,13 @@
 """Write a student as a diffusers folder, and prove in another process that the folder reproduces the trainer's samples."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import UserError
+from fastdiff.files import aside
+from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.teacher import Teacher
 from fastdiff.models.tokenizers import add_slow_files
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
@@ -62,6 +65,8 @@ def check_exportable(teacher: Teacher) -> None:
         UserError: the teacher's last time has no signal (no constant beta reaches it), or its network has a guidance embedding
             of its own (which the export would have to replace).
     """
+    if teacher.pipeline is None:
+        return
     if teacher.process.alpha(torch.tensor(int(teacher.process.t_max))) == 0:
         raise UserError(
             f"the last time of {teacher.name} has no signal (zero-terminal SNR): the stock scheduler that makes one step of a bare "
@@ -72,6 +77,61 @@ def check_exportable(teacher: Teacher) -> None:
             f"the network of {teacher.name} embeds its guidance already (time_cond_proj_dim): the student would ignore what it was "
             "trained with. Take the teacher from before its guidance distillation."
         )
+
+
+def export_student(
+    teacher: Teacher,
+    network: Any,
+    folder: Path,
+    note: Mapping[str, Any],
+    prompts: list[str],
+    noise: Tensor,
+    expected: Tensor,
+    sample: Callable[[Denoiser, Tensor, Any], Tensor],
+) -> tuple[Any, float]:
+    """Save the student, load it again, compare its samples with ``expected``.
+
+    Returns:
+        The diffusers pipeline, or the network itself for a teacher without one (``student.safetensors``), and the largest
+        difference.
+    """
+    if teacher.pipeline is not None:
+        pipeline = export_one_step(teacher, network, folder, note=note, prompt=prompts[0])
+        return pipeline, verify_export(folder, prompts, noise, expected)
+    export_module(network, folder, note)
+    again = copy.deepcopy(network)
+    load_module(again, folder)
+    student = Denoiser(teacher.family.network(again), teacher.process, teacher.prediction_type)
+    with torch.no_grad():
+        images = teacher.decode(sample(student, noise, teacher.encode(prompts)))
+    return network, (images - expected).abs().max().item()
+
+
+def export_module(network: torch.nn.Module, folder: Path, note: Mapping[str, Any]) -> None:
+    """Write a network that is no part of a diffusers pipeline: ``student.safetensors`` with ``note`` in ``fastdiff.json``.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_model
+
+    try:
+        with aside(folder / "student.safetensors") as part:
+            save_model(network, str(part))
+        with aside(folder / "fastdiff.json") as part:
+            part.write_text(json.dumps(dict(note), indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write the student to {folder}: {error}. Free space or choose another --output; the checkpoint is kept."
+        ) from error
+
+
+def load_module(network: torch.nn.Module, folder: Path) -> None:
+    """Put the weights that ``export_module`` wrote into a network of the same class."""
+    from safetensors.torch import load_model
+
+    load_model(network, str(folder / "student.safetensors"))
 
 
 def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mapping[str, Any], prompt: str) -> Any:

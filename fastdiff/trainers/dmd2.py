@@ -26,7 +26,7 @@ from fastdiff.losses import (
     softplus_discriminator,
     softplus_generator,
 )
-from fastdiff.models.discriminator import FeatureHead, features_at
+from fastdiff.models.discriminator import features_at
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
@@ -146,13 +146,11 @@ class DMD2(PairedMethod):
         process = roles.teacher.process
         t, eps = batch.times(f"{draw}_t", 0, int(process.t_max)), batch.noise(f"{draw}_eps")
         x_t = process.add_noise(x, eps, t)
-        tapped, _ = roles.teacher.family.bottleneck(roles.backbone("fake_score"))
+        tapped = roles.teacher.family.bottleneck(roles.backbone("fake_score"))
         features = features_at(tapped, lambda: roles.denoiser("fake_score")(x_t, t, cond))
         logits: Tensor = roles.modules["discriminator"](features)
         return logits
 
 
 def _head(teacher: Teacher) -> nn.Module:
-    family = teacher.family
-    _, width = family.bottleneck(family.backbone)
-    return FeatureHead(width, family.bottleneck_size)
+    return teacher.family.head()

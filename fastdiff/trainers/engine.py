@@ -28,7 +28,7 @@ from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.pipelines.export import check_exportable, export_one_step, verify_export
+from fastdiff.pipelines.export import check_exportable, export_student
 from fastdiff.trainers import checkpoint
 from fastdiff.trainers.config import FREE_ON_RESUME, Config
 from fastdiff.trainers.draws import Draws, generator_for
@@ -72,7 +72,7 @@ class Trainer:
                 "Load it in float32 and pass mixed_precision='bf16'."
             )
         check_exportable(teacher)
-        teacher.pipeline.to(self.accelerator.device)
+        teacher.family.to(self.accelerator.device)
         method.validate(teacher)
         self.prompts = PromptTable(read_prompts(prompts, teacher), teacher)
         self.folder = self.config.output_dir
@@ -82,7 +82,7 @@ class Trainer:
         self._roles: Any = None
 
     def train(self) -> Any:
-        """Run to ``max_steps``, export, verify the export; returns the diffusers pipeline.
+        """Run to ``max_steps``, export, verify the export; returns the diffusers pipeline, or the network of a teacher without.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
@@ -315,7 +315,11 @@ class Trainer:
     def _validate(self) -> None:
         if self.accelerator.is_main_process:
             images = self._with_ema(lambda: self._images(self._roles.denoiser("student"), _SHOWN)[2])
-            save_grid(images, self.folder / "validation" / f"step-{self._step:08d}.png")
+            self._show(images, f"step-{self._step:08d}.png")
+
+    def _show(self, images: Tensor, name: str) -> None:
+        if images.ndim == 4:  # what a teacher decodes to need not be pictures
+            save_grid(images, self.folder / "validation" / name)
 
     def _finish(self) -> Any:
         if not self.accelerator.is_main_process:
@@ -323,7 +327,7 @@ class Trainer:
         network = self._with_ema(lambda: self._roles.merged("student"))
         student = Denoiser(self.teacher.family.network(network), self.teacher.process, self.teacher.prediction_type)
         prompts, noise, expected = self._images(student, _SHOWN)
-        save_grid(expected, self.folder / "validation" / "final.png")
+        self._show(expected, "final.png")
         note = {
             "method": self.method.name(),
             "teacher": self.teacher.name,
@@ -334,9 +338,9 @@ class Trainer:
         }
         self._roles.close()
         self._log.close_bar()
-        pipeline = export_one_step(self.teacher, network, self.folder, note=note, prompt=prompts[0])
-        difference = verify_export(self.folder, prompts, noise, expected)
-        self._log.say(f"exported to {self.folder}; plain diffusers differs from the trainer by {difference:.1e} at most")
+        pipeline, difference = export_student(self.teacher, network, self.folder, note, prompts, noise, expected, self.method.sample)
+        reader = "plain diffusers" if self.teacher.pipeline is not None else "a reloaded network"
+        self._log.say(f"exported to {self.folder}; {reader} differs from the trainer by {difference:.1e} at most")
         self.result = {
             "method": self.method.name(),
             "teacher": self.teacher.name,

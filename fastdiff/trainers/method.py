@@ -13,7 +13,7 @@ engine does the rest and knows no loss. A new method is one file with one subcla
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,6 +39,19 @@ class Paper:
     year: int
     arxiv: str
     sheet: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """How a method is proved on a law in closed form: its settings there, and what it must reach. See ``fastdiff certify``."""
+
+    fields: Mapping[str, Any]
+    """Settings of the method; guidance off, since a guided score is no law's."""
+    bounds: Mapping[str, float]
+    """The largest value of each metric that passes."""
+    max_steps: int
+    batch_size: int = 512
+    ema_decay: float = 0.99
 
 
 @dataclass
@@ -93,6 +106,8 @@ class Method(ABC):
     """A distillation algorithm; see the module docstring."""
 
     info: ClassVar[Paper]
+    trials: ClassVar[Mapping[str, Trial]] = {}
+    """The laws this method must recover, by their names in ``fastdiff.proof.laws``."""
 
     @classmethod
     def name(cls) -> str:

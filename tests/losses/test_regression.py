@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdiff.losses import pseudo_huber, squared_error
+from fastdiff.losses import huber_constant, pseudo_huber, pseudo_huber_norm, squared_error
 
 
 def pair(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,3 +63,29 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     for distance in (squared_error, lambda x, y: pseudo_huber(x, y, c=0.1)):
         assert distance(a, b).dtype == torch.float32
         assert torch.equal(distance(a, b), distance(a.float(), b.float()))
+
+
+def test_pseudo_huber_norm_closed_form_per_sample() -> None:
+    a = torch.tensor([[[1.0, 2.0], [2.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    assert torch.equal(pseudo_huber_norm(a, torch.zeros_like(a), c=12.0), torch.tensor([1.0, 0.0]))
+
+
+def test_the_norm_needs_a_constant_that_grows_with_the_size() -> None:
+    """Equal errors d: sqrt(n d^2 + n c^2) - sqrt(n) c is sqrt(n) times the elementwise value."""
+    d, n = torch.full((2, 16), 0.3, dtype=torch.float64), 16
+    per_sample = pseudo_huber_norm(d, torch.zeros_like(d), c=0.1 * n**0.5)
+    torch.testing.assert_close(per_sample, n**0.5 * pseudo_huber(d, torch.zeros_like(d), c=0.1)[:, 0], rtol=1e-12, atol=0)
+    assert huber_constant(3 * 32 * 32) == pytest.approx(0.00054 * 3072**0.5, rel=1e-12)
+
+
+def test_the_plain_norm_has_no_nan_where_both_agree() -> None:
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+    value = pseudo_huber_norm(x, torch.zeros(2, 2), c=0.0)
+    assert value.tolist() == [5, 0]
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    torch.testing.assert_close(gradient, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+def test_pseudo_huber_norm_numerical_gradient() -> None:
+    a, b = (x[:4].reshape(2, 2).requires_grad_() for x in pair())
+    assert torch.autograd.gradcheck(lambda x, y: pseudo_huber_norm(x, y, c=0.1), (a, b))

@@ -7,11 +7,18 @@ from tiny import BETAS
 
 from fastdiff.diffusion import GaussianMixture, NoiseProcess, Prediction, process_from_scheduler
 from fastdiff.losses import (
+    F_DIVERGENCES,
     denoising,
     distribution_matching_gradient,
+    f_divergence_weight,
+    f_generator,
+    pseudo_huber,
     pseudo_target,
     reduce,
     score_distillation_gradient,
+    score_identity,
+    trajectory_importance,
+    trajectory_matching,
     variational_score_gradient,
 )
 
@@ -266,3 +273,193 @@ def test_dmd_has_the_sign_of_the_error_of_the_mean() -> None:
             x_t = PROCESS.add_noise(x, e, times)
             gradient = distribution_matching_gradient(x, gaussian(0.5, 0.8)(x_t, times).x0, gaussian(mean, 0.8)(x_t, times).x0)
             assert (w * gradient).sum() * (mean - 0.5) > 0
+
+
+# --- SiD
+
+
+def affine_gaussian(mean: float, variance: float, a: float, s: float) -> tuple[float, float]:
+    """The posterior mean of N(mean, variance) at x_t = a x + s eps as gain and shift: gain x_t + shift."""
+    total = a**2 * variance + s**2
+    return a * variance / total, s**2 * mean / total
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.2])
+def test_sid_with_the_optimal_fake_score_is_one_minus_alpha_times_fisher(alpha: float) -> None:
+    """E[(m_r - m_f)(m_r - x)] = E|m_r - m_f|^2, as x - m_f is orthogonal to every function of x_t (Tweedie)."""
+    mean, std, a, s = 1.2, 0.5, 0.8, 0.6
+    z, e, w = quadrature()
+    x = mean + std * z
+    x_t = a * x + s * e
+    (gr, br), (gf, bf) = affine_gaussian(0.5, 0.64, a, s), affine_gaussian(mean, std**2, a, s)
+    real, fake = gr * x_t + br, gf * x_t + bf
+    assert (w * (x - fake)).sum().abs() < 1e-14
+    assert (w * (x - fake) * x_t).sum().abs() < 1e-14
+    value = score_identity(x, real, fake, alpha=alpha) * (x - real).abs()  # without the normaliser
+    fisher = (w * (real - fake).square()).sum().item()
+    assert fisher > 1e-2
+    assert (w * value).sum().item() == pytest.approx((1 - alpha) * fisher, abs=1e-13)
+
+
+def test_sid_is_differentiated_through_both_networks_and_not_through_the_normaliser() -> None:
+    """Under no_grad the gradient would be -(m_r - m_f) / W: another algorithm, without an error."""
+    a, s = 0.8, 0.6
+    (gr, br), (gf, bf) = affine_gaussian(0.5, 0.64, a, s), affine_gaussian(1.2, 0.25, a, s)
+    x, e = normal(3, 4).requires_grad_(), normal(3, 4, seed=1)
+    x_t = a * x + s * e
+    real, fake, alpha = gr * x_t + br, gf * x_t + bf, 1.2
+    (got,) = torch.autograd.grad(score_identity(x, real, fake, alpha=alpha).sum(), x)
+    d, w = (real - fake).detach(), (x - real).detach().abs().mean(dim=1, keepdim=True)
+    rest = (real - x).detach() - alpha * d
+    slope = a * (gr - gf)
+    torch.testing.assert_close(got, (slope * rest + d * (a * gr - 1 - alpha * slope)) / w, rtol=1e-10, atol=1e-12)
+    direct = torch.autograd.grad(score_identity(x, real.detach(), fake.detach(), alpha=alpha).sum(), x)[0]
+    torch.testing.assert_close(direct, -d / w, rtol=1e-10, atol=1e-12)
+    assert (got - direct).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+def test_sid_is_at_rest_when_both_networks_are_one_function(alpha: float) -> None:
+    x, e = normal(3, 4).requires_grad_(), normal(3, 4, seed=1)
+    gain, shift = affine_gaussian(0.5, 0.64, 0.8, 0.6)
+    real, fake = (gain * (0.8 * x + 0.6 * e) + shift for _ in range(2))
+    loss = score_identity(x, real, fake, alpha=alpha)
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.abs().max() == 0
+    assert gradient.abs().max() < 1e-10
+
+
+def test_sid_closed_form_and_floor_per_sample() -> None:
+    x, real, fake = images(3)
+    got = score_identity(x, real, fake, alpha=0.7)
+    for i in range(3):
+        d = real[i] - fake[i]
+        want = d * (real[i] - x[i] - 0.7 * d) / (x[i] - real[i]).abs().mean()
+        torch.testing.assert_close(got[i], want, rtol=1e-10, atol=1e-13)
+    assert score_identity(x, x.clone(), fake, floor=0.5).isfinite().all()
+
+
+# --- f-distill
+
+
+def test_f_distill_with_the_reverse_kl_is_dmd() -> None:
+    inputs = images(3, torch.float32)
+    weight = f_divergence_weight(torch.tensor([-5.0, 0.3, 9.0]), kind="reverse_kl")
+    assert (weight - 1).abs().max() < 1e-6
+    gradient = distribution_matching_gradient(*inputs)
+    torch.testing.assert_close(weight[:, None, None, None] * gradient, gradient, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", F_DIVERGENCES)
+def test_f_distill_weight_makes_the_score_difference_the_gradient_of_its_divergence(kind: str) -> None:
+    """d/dm D_f(N(0, 1) || N(m, 1)) = -E_q[h(r) (score_p - score_q)] by quadrature on a grid, for x = m + z."""
+    grid = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    m = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    log_p, log_q = -0.5 * grid.square(), -0.5 * (grid - m).square()
+    q = log_q.exp() / (2 * torch.pi) ** 0.5
+    divergence = torch.trapezoid(q * f_generator((log_p - log_q).exp(), kind=kind)[0], grid)
+    (want,) = torch.autograd.grad(divergence, m)
+    weight = f_divergence_weight(log_p - log_q, kind=kind, low=1e-6, high=1e6)
+    got = -torch.trapezoid(q * weight * (-grid + (grid - m)), grid)
+    assert want.item() > 0.1
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_f_distill_weights_at_equal_laws_and_at_the_clip() -> None:
+    one = {kind: f_divergence_weight(torch.zeros(1).double(), kind=kind).item() for kind in F_DIVERGENCES}
+    assert one.pop("jeffreys") == pytest.approx(2)
+    assert [one.pop(kind) for kind in ("jensen_shannon", "softened_reverse_kl")] == [0.5, 0.5]
+    assert set(one.values()) == {1.0}
+    far = torch.tensor([-1e4, 1e4], dtype=torch.float64)
+    torch.testing.assert_close(f_divergence_weight(far, kind="forward_kl"), torch.tensor([0.1, 20.0], dtype=torch.float64))
+    halved = f_divergence_weight(torch.zeros(1), kind="forward_kl", typical=torch.tensor([2.0]))
+    assert halved.item() == 0.5
+
+
+def test_f_distill_weight_gives_the_discriminator_no_gradient() -> None:
+    logit = torch.zeros(2, requires_grad=True)
+    assert not f_divergence_weight(logit, kind="forward_kl").requires_grad
+    with pytest.raises(ValueError, match="jensen_shannon"):
+        f_divergence_weight(logit, kind="js")
+
+
+# --- TDM
+
+
+def test_tdm_importance_is_one_for_equal_noises_and_the_exponential_of_a_difference_of_means() -> None:
+    mixed, fresh = normal(2, 3, 4, 5, 6)
+    assert torch.equal(trajectory_importance(fresh, fresh), torch.ones(3).double())
+    want = (-mixed.square().mean(dim=(1, 2, 3)) / 2).exp() / (-fresh.square().mean(dim=(1, 2, 3)) / 2).exp()
+    torch.testing.assert_close(trajectory_importance(mixed, fresh), want, rtol=1e-12, atol=0)
+
+
+def test_tdm_importance_stays_near_one_at_any_size() -> None:
+    """Sums in place of means make it e^(+-100) for a 64 x 64 latent: one sample is the batch."""
+    for size in (4, 64):
+        weight = trajectory_importance(normal(16, 4, size, size), normal(16, 4, size, size, seed=1))
+        assert ((weight > 0.5) & (weight < 2)).all()
+
+
+def test_tdm_mixed_noise_of_independent_noises_has_unit_variance() -> None:
+    """((a_t / a_m) s_m eps + beta e) / s_t with beta^2 = s_t^2 - (a_t / a_m)^2 s_m^2 has the law of fresh noise."""
+    a_m, s_m, a_t, s_t = 0.9, 0.19**0.5, 0.6, 0.8
+    beta = (s_t**2 - (a_t / a_m * s_m) ** 2) ** 0.5
+    z, e, w = quadrature()
+    mixed = (a_t / a_m * s_m * z + beta * e) / s_t
+    assert (w * mixed.square()).sum().item() == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize(("c", "rtol"), [(1e-7, 1e-9), (1e6, 1e-9)])
+def test_tdm_gradient_is_the_sign_of_dmd_for_small_c_and_dmd_over_c_for_large(c: float, rtol: float) -> None:
+    x, real, fake = images(3)
+    x.requires_grad_()
+    (got,) = torch.autograd.grad(trajectory_matching(x, real, fake, c=c).sum(), x)
+    dmd = distribution_matching_gradient(x.detach(), real, fake)
+    normaliser = (x.detach() - real).abs().mean(dim=(1, 2, 3), keepdim=True)
+    want = dmd / c if c > 1 else dmd.sign() / normaliser
+    torch.testing.assert_close(got, want, rtol=rtol, atol=0)
+
+
+def test_tdm_is_the_pseudo_huber_to_the_papers_target_and_stops_at_scores_and_normaliser() -> None:
+    x, real, fake = (v.requires_grad_() for v in images(3))
+    loss = trajectory_matching(x, real, fake, c=0.1)
+    normaliser = (x - real).detach().abs().mean(dim=(1, 2, 3), keepdim=True)
+    want = pseudo_huber(x, (x + real - fake).detach(), c=0.1) / normaliser
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=1e-12)
+    got = torch.autograd.grad(loss.sum(), (x, real, fake), allow_unused=True)
+    torch.testing.assert_close(got[0], torch.autograd.grad(want.sum(), x)[0], rtol=1e-9, atol=1e-12)
+    assert got[1] is None
+    assert got[2] is None
+
+
+def test_tdm_and_f_distill_are_at_rest_under_equal_scores() -> None:
+    x, real, _ = images(3)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(trajectory_matching(x, real, real.clone()).sum(), x)
+    assert torch.equal(gradient, torch.zeros_like(x))
+    gradient = distribution_matching_gradient(x.detach(), real, real.clone())
+    for kind in F_DIVERGENCES:
+        weight = f_divergence_weight(normal(3, 1, 1, 1, seed=2), kind=kind)
+        assert torch.equal(weight * gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_later_losses_in_half_precision_are_computed_in_float32(dtype: torch.dtype) -> None:
+    x, real, fake = (v.to(dtype) for v in images(3))
+    wide = [v.float() for v in (x, real, fake)]
+    for half, full in (
+        (score_identity(x, real, fake), score_identity(*wide)),
+        (trajectory_matching(x, real, fake), trajectory_matching(*wide)),
+        (trajectory_importance(x, real), trajectory_importance(*wide[:2])),
+        (f_divergence_weight(x, kind="jeffreys"), f_divergence_weight(wide[0], kind="jeffreys")),
+    ):
+        assert half.dtype == torch.float32
+        assert torch.equal(half, full)
+
+
+def test_the_later_losses_ignore_other_samples() -> None:
+    x, real, fake = images(3)
+    order = torch.tensor([2, 0])
+    for loss in (score_identity, trajectory_matching):
+        assert torch.equal(loss(x, real, fake)[order], loss(x[order], real[order], fake[order]))
+    assert torch.equal(trajectory_importance(x, real)[order], trajectory_importance(x[order], real[order]))

@@ -67,14 +67,16 @@ def test_features_of_another_dtype_are_judged_in_the_dtype_of_the_head() -> None
 def test_tapped_features_are_those_of_a_full_forward(teacher: Teacher) -> None:
     x, t, cond = inputs(teacher)
     unet, full = teacher.family.backbone, []
-    module, width = teacher.family.bottleneck(unet)
+    module = teacher.family.bottleneck(unet)
     handle = module.register_forward_hook(lambda _module, _inputs, output: full.append(output))
     teacher.denoiser(x, t, cond)
     handle.remove()
     features = features_at(module, lambda: teacher.denoiser(x, t, cond))
     assert torch.equal(features, full[0])
-    assert features.shape == (3, width, teacher.family.bottleneck_size, teacher.family.bottleneck_size)
-    logits = head(width, teacher.family.bottleneck_size)(features)
+    assert features.shape == (3, 32, 4, 4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        logits = teacher.family.head()(features)
     assert logits.shape == (3,)
     assert logits.std() > 0
 
@@ -82,7 +84,7 @@ def test_tapped_features_are_those_of_a_full_forward(teacher: Teacher) -> None:
 def test_tapping_skips_the_decoder_and_leaves_no_hook(teacher: Teacher) -> None:
     x, t, cond = inputs(teacher)
     unet, ran = teacher.family.backbone, []
-    module, _ = teacher.family.bottleneck(unet)
+    module = teacher.family.bottleneck(unet)
     before = teacher.denoiser(x, t, cond).x0
     handles = [part.register_forward_hook(lambda part, *_: ran.append(part)) for part in (*unet.down_blocks, *unet.up_blocks)]
     features_at(module, lambda: teacher.denoiser(x, t, cond))
@@ -97,7 +99,7 @@ def test_features_carry_gradient_to_the_input_and_to_the_encoder(teacher: Teache
     x, t, cond = inputs(teacher)
     x.requires_grad_()
     unet = teacher.family.backbone.requires_grad_(True)
-    module, _ = teacher.family.bottleneck(unet)
+    module = teacher.family.bottleneck(unet)
     try:
         features_at(module, lambda: teacher.denoiser(x, t, cond)).square().sum().backward()
         assert x.grad.abs().amax(dim=(1, 2, 3)).min() > 0
@@ -115,7 +117,7 @@ def test_a_module_that_is_never_reached_is_an_error(teacher: Teacher) -> None:
 
 
 def test_another_error_in_the_forward_is_not_swallowed(teacher: Teacher) -> None:
-    module, _ = teacher.family.bottleneck(teacher.family.backbone)
+    module = teacher.family.bottleneck(teacher.family.backbone)
     with pytest.raises(ZeroDivisionError):
         features_at(module, lambda: 1 / 0)
     assert not module._forward_hooks

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import tiny_teacher
 from torch import nn
 
@@ -161,6 +162,10 @@ def test_a_switch_of_role_does_not_lose_gradient(adapters: Roles, teacher: Teach
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapters.parameters("student"))
 
 
+def adapted(network: torch.nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_backward_through_two_roles_equals_separate_copies(teacher: Teacher, checkpointing: bool) -> None:
     """SiD-like: (mu_f(x) - mu_r(x)) . (mu_f(x) - x) of the student's x, whose graph runs through all three roles."""
@@ -182,11 +187,13 @@ def test_one_backward_through_two_roles_equals_separate_copies(teacher: Teacher,
     for trained in ("student", "fake_score"):  # the trained role in a copy of its own, the others merged or bare
         networks = {name: call(roles.merged(name)) for name in ("student", "fake_score")}
         own = copy.deepcopy(assembled)
-        own.enable_adapters()
-        own.set_adapter(trained)
+        for layer in adapted(own):
+            layer.set_adapter(trained)
+            layer.enable_adapters(True)
         networks[trained] = call(own)
         bare = copy.deepcopy(assembled)
-        bare.disable_adapters()
+        for layer in adapted(bare):
+            layer.enable_adapters(False)
         parameters = [p for k, p in own.named_parameters() if f".{trained}." in k]
         value = loss(networks["student"], networks["fake_score"], call(bare))
         want[trained] = flat(list(torch.autograd.grad(value, parameters)))

@@ -3,12 +3,13 @@
 from typing import Any
 
 from fastdiff.errors import UserError
+from fastdiff.models.families.base import Family
 from fastdiff.models.families.stable_diffusion import StableDiffusion
 
-FAMILIES = (StableDiffusion,)
+FAMILIES: tuple[type[StableDiffusion], ...] = (StableDiffusion,)
 
 
-def family_of(pipeline: Any) -> StableDiffusion:
+def family_of(pipeline: Any) -> Family:
     """The adapter of a diffusers pipeline.
 
     Raises:

@@ -8,35 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion.process import NoiseProcess, process_from_scheduler
+from fastdiff.diffusion.process import DiscreteVP, NoiseProcess, process_from_scheduler
 from fastdiff.models.denoiser import Network
+from fastdiff.models.discriminator import FeatureHead
+from fastdiff.models.families.base import Family
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
-
-class StableDiffusion:
+class StableDiffusion(Family):
     """What the rest of fastdiff needs to know about a StableDiffusionPipeline."""
 
     pipelines = ("StableDiffusionPipeline",)
-    backbone_name = "unet"
-    lora_targets = LORA_TARGETS
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
 
     @property
     def backbone(self) -> nn.Module:
-        """The denoising network."""
         network: nn.Module = self.pipeline.unet
         return network
 
     def process(self) -> tuple[NoiseProcess, str]:
-        """Noise process and prediction type, from the pipeline's scheduler."""
-        return process_from_scheduler(self.pipeline.scheduler.config)
+        scheduler = self.pipeline.scheduler
+        process, prediction_type = process_from_scheduler({**scheduler.config, "_class_name": type(scheduler).__name__})
+        if not isinstance(process, DiscreteVP):
+            raise ValueError(
+                f"its scheduler describes a {type(process).__name__}, no variance-preserving process; Stable Diffusion's network "
+                "takes the integer times of one and would be run at times it never saw."
+            )
+        return process, prediction_type
 
     def network(self, backbone: nn.Module) -> Network:
-        """``(x_t, t, cond) -> output`` for a backbone of this family."""
-
         def call(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
             dtype = next(backbone.parameters()).dtype
             output: Tensor = backbone(x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype), return_dict=False)[0]
@@ -44,15 +46,14 @@ class StableDiffusion:
 
         return call
 
-    def bottleneck(self, backbone: nn.Module) -> tuple[nn.Module, int]:
-        """The module whose output discriminators look at, and its number of channels."""
-        return backbone.mid_block, backbone.config.block_out_channels[-1]  # type: ignore[return-value, union-attr, index]
+    def bottleneck(self, backbone: nn.Module) -> nn.Module:
+        module: nn.Module = backbone.mid_block  # type: ignore[assignment]
+        return module
 
-    @property
-    def bottleneck_size(self) -> int:
-        """Height and width of the bottleneck's output."""
+    def head(self) -> nn.Module:
         config = self.pipeline.unet.config
-        return int(config.sample_size) // 2 ** (len(config.block_out_channels) - 1)
+        size = int(config.sample_size) // 2 ** (len(config.block_out_channels) - 1)
+        return FeatureHead(config.block_out_channels[-1], size)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -1,0 +1,70 @@
+"""``Family``: what the rest of fastdiff needs to know about a kind of teacher. A new one is one file with one subclass."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.models.denoiser import Network
+
+
+class Family(ABC):
+    """Calls the network, encodes conditions, knows shapes, process and prediction type."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """Names of the diffusers pipeline classes it serves."""
+    lora_targets: tuple[str, ...] = ()
+    """Names (or ends of names) of the layers a LoRA role adapts by default."""
+    pipeline: Any = None
+    """The diffusers pipeline, or None for a teacher that has none."""
+
+    @property
+    @abstractmethod
+    def backbone(self) -> nn.Module:
+        """The denoising network."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample of the process, such as (C, h, w)."""
+
+    @abstractmethod
+    def process(self) -> tuple[NoiseProcess, str]:
+        """Noise process and prediction type."""
+
+    @abstractmethod
+    def network(self, backbone: nn.Module) -> Network:
+        """``(x_t, network_time, cond) -> output`` for a backbone of this family."""
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Any:
+        """The condition of a batch of prompts; that of ``""`` is the null condition."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Samples of the process as what a user sees: images [B, 3, H, W] in [0, 1] where there are any."""
+
+    def head(self) -> nn.Module:
+        """A discriminator head for the features of ``bottleneck``.
+
+        Raises:
+            NotImplementedError: this family has no place to look at.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no bottleneck for a discriminator.")
+
+    def bottleneck(self, backbone: nn.Module) -> nn.Module:
+        """The module of a backbone whose output discriminators look at."""
+        raise NotImplementedError(f"{type(self).__name__} has no bottleneck for a discriminator.")
+
+    def networks(self) -> list[nn.Module]:
+        """Every network that has a part in what the teacher makes of a prompt."""
+        if self.pipeline is None:
+            return [self.backbone]
+        return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+
+    def to(self, device: torch.device | str) -> None:
+        """Move all networks."""
+        for network in self.networks():
+            network.to(device)

@@ -1,0 +1,64 @@
+"""A user's own ``nn.Module`` as a teacher, and with it a law in closed form, whose network only gives the student its start.
+
+The module is called ``module(x_t, network_time, cond)`` and puts out a tensor like x_t. Conditions are class labels by default:
+prompts are the numbers 0..n-1 as text, and ``""`` is -1, the label that means no condition.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.models.denoiser import Network
+from fastdiff.models.families.base import Family
+
+
+class Module(Family):
+    """See ``Teacher.from_module``."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        process: NoiseProcess,
+        prediction_type: str,
+        shape: Sequence[int],
+        *,
+        encode: Callable[[list[str]], Any] | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        lora_targets: Sequence[str] = (),
+        call: Callable[[nn.Module, Tensor, Tensor, Any], Tensor] | None = None,
+    ) -> None:
+        self.module, self._process, self._shape = module, (process, prediction_type), tuple(shape)
+        self._encode, self._decode, self._call = encode, decode, call
+        self.lora_targets = tuple(lora_targets) or _linear_layers(module)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.module
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def process(self) -> tuple[NoiseProcess, str]:
+        return self._process
+
+    def network(self, backbone: nn.Module) -> Network:
+        if self._call is None:
+            return backbone
+        call = self._call
+        return lambda x_t, t, cond: call(backbone, x_t, t, cond)
+
+    def encode(self, prompts: list[str]) -> Any:
+        if self._encode is not None:
+            return self._encode(prompts)
+        return torch.tensor([int(prompt) if prompt else -1 for prompt in prompts], device=next(self.module.parameters()).device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents if self._decode is None else self._decode(latents)
+
+
+def _linear_layers(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, layer in module.named_modules() if isinstance(layer, nn.Linear))

@@ -1,0 +1,1 @@
+"""Certificates: a method, an exact law, a metric. ``fastdiff certify`` runs them."""

@@ -15,8 +15,10 @@ from fastdiff.errors import UserError
 
 COMMANDS = {
     "distill": "train a student of few steps, save it for plain diffusers, measure it beside its teacher",
+    "plan": "say beforehand what a run takes: bytes, network calls, noise, and whether it fits together",
     "sample": "draw images from a saved pipeline into a grid",
     "eval": "measure pipelines side by side: quality, network calls, latency, memory",
+    "certify": "train methods on laws known in closed form until they recover them",
     "methods": "list the distillation methods with their papers",
 }
 _MODULES = {"eval": "evaluate"}

@@ -35,6 +35,12 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.prompt)
 
+    @classmethod
+    def blank(cls, n: int, shape: tuple[int, ...]) -> "Pairs":
+        """``n`` pairs without values, on the meta device: a plan needs only their sizes."""
+        noise, x0 = (torch.empty(n, *shape, dtype=torch.float32, device="meta") for _ in range(2))
+        return cls(noise, x0, torch.empty(n, dtype=torch.long, device="meta"))
+
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Write aside, then rename.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.data.fashion import captions
 from fastdiff.errors import UserError
-from fastdiff.models.condition import concat, take
+from fastdiff.models.condition import concat, size_in_bytes, take
 from fastdiff.models.teacher import Teacher
 
 
@@ -57,6 +57,11 @@ class PromptTable:
     def hash(self) -> str:
         """SHA-256 of the prompts in their order."""
         return hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """What the encoded prompts take on the teacher's device."""
+        return 0 if self._table is None else size_in_bytes(self._table)
 
     def conditions(self, index: Tensor) -> Any:
         """The conditions of the prompts ``index`` [B]."""

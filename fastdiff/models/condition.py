@@ -22,6 +22,13 @@ def take(condition: Any, index: Tensor | slice) -> Any:
     return condition[index]
 
 
+def size_in_bytes(condition: Any) -> int:
+    """What a condition takes in memory."""
+    if isinstance(condition, dict):
+        return sum(map(size_in_bytes, condition.values()))
+    return condition.numel() * condition.itemsize
+
+
 def repeat(condition: Any, n: int) -> Any:
     """A condition of batch 1 for a batch of ``n``, without copying memory."""
     if isinstance(condition, dict):

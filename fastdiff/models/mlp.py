@@ -20,7 +20,8 @@ class TimeMLP(nn.Module):
         self.time_scale, self.classes = time_scale, classes
         widths = [dim + 16 + (16 if classes else 0), *[hidden] * depth]
         self.label = nn.Embedding(classes + 1, 16) if classes else None
-        self.hidden = nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.SiLU())))
+        layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.hidden = nn.Sequential(*layers)
         self.out = nn.Linear(hidden, dim)
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.models.denoiser import Denoiser, Network
+from fastdiff.models.discriminator import features_at
 from fastdiff.models.law import LawDenoiser
 from fastdiff.models.teacher import Teacher
 
@@ -98,6 +99,9 @@ class Roles:
     def __init__(self, teacher: Teacher, specs: dict[str, Role]) -> None:
         self.teacher, self.specs = teacher, specs
         self.ledger: Counter[str] = Counter()
+        """Samples that went forward through each role, also those that went only to its bottleneck."""
+        self.backwards: Counter[str] = Counter()
+        """Samples whose gradient went back through each role, to its weights or only to its input."""
         self.modules: dict[str, nn.Module] = {}
         backbone: Any = teacher.family.backbone
         lora = [name for name, role in specs.items() if role.train == "lora"]
@@ -138,7 +142,7 @@ class Roles:
         backbone = self.teacher.family.backbone if lora else self.modules[name]
         call = self.teacher.family.network(backbone)
 
-        def counted(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        def run(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
             self.ledger[name] += len(x_t)
             if lora and name != "teacher" and self.adapters is None:
                 raise RuntimeError(f"the adapter of role {name} was taken off: the bare teacher would answer in its place.")
@@ -147,7 +151,18 @@ class Roles:
                     return call(x_t, t, cond)
             return call(x_t, t, cond)
 
-        return counted
+        return lambda x_t, t, cond: self._watched(name, run(x_t, t, cond))
+
+    def _watched(self, name: str, output: Tensor) -> Tensor:
+        """Counts the gradient that comes back through ``output``."""
+        if output.requires_grad:
+            output.register_hook(lambda _: self.backwards.update({name: len(output)}))
+        return output
+
+    def features(self, name: str, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """What a role's bottleneck makes of x_t, for a discriminator's head; the layers after it do not run."""
+        tapped = self.teacher.family.bottleneck(self.backbone(name))
+        return self._watched(name, features_at(tapped, lambda: self.denoiser(name)(x_t, t, cond)))
 
     def denoiser(self, name: str) -> Denoiser:
         """The role as a denoiser under the teacher's process and prediction type."""

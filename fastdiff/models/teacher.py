@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.process import DiscreteVP, NoiseProcess
 from fastdiff.errors import UserError
+from fastdiff.models.blank import blank_networks
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.families import family_of
 from fastdiff.models.families.base import Family
@@ -35,14 +36,12 @@ class Teacher:
         prompts: the prompts it brings along, or None.
     """
 
-    def __init__(
-        self, source: Any, *, name: str = "teacher", prompts: Sequence[str] | None = None, law: Law | None = None
-    ) -> None:
+    def __init__(self, source: Any, *, name: str = "teacher", prompts: Sequence[str] | None = None, law: Law | None = None) -> None:
         self.family: Family = source if isinstance(source, Family) else family_of(source)
         self.pipeline, self.name, self.law = self.family.pipeline, name, law
         self.prompts = None if prompts is None else list(prompts)
-        for network in self.family.networks():
-            network.eval().requires_grad_(False)
+        for part in self.family.networks():
+            part.eval().requires_grad_(False)
         try:
             self.process, self.prediction_type = self.family.process()
         except ValueError as error:
@@ -92,10 +91,15 @@ class Teacher:
         Raises:
             UserError: the folder does not exist, is no pipeline, or holds damaged weights.
         """
-        short = Path(name).name
-        if short in BUNDLED and str(name) not in BUNDLED:
-            short = f"{short}-local"  # a folder of that name has no captions of its own
-        return cls(load_pipeline(name, dtype=dtype).to(device), name=short)
+        return cls(load_pipeline(name, dtype=dtype).to(device), name=_short(name))
+
+    @classmethod
+    def planned(cls, name: str | Path, *, dtype: torch.dtype | None = None) -> "Teacher":
+        """The teacher without its weights: networks on the meta device, built from configs, with the real scheduler and tokenizer.
+
+        It knows shapes, dtypes and times; what reads weights (``identity``, pictures) does not work on it.
+        """
+        return cls(load_pipeline(name, dtype=dtype, blank=True), name=_short(name))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -149,8 +153,14 @@ def _hash(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None) -> Any:
-    """A diffusers pipeline by bundled name, folder or hub id; safetensors only, progress bar off.
+def _short(name: str | Path) -> str:
+    short = Path(name).name
+    local = short in BUNDLED and str(name) not in BUNDLED
+    return f"{short}-local" if local else short  # a folder of that name has no captions of its own
+
+
+def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None, blank: bool = False) -> Any:
+    """A diffusers pipeline by bundled name, folder or hub id; safetensors only, progress bar off. ``blank`` leaves out all weights.
 
     Raises:
         UserError: with one line that says what is wrong with the name or the folder, and what to do.
@@ -166,8 +176,9 @@ def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None) -> Any:
         raise UserError(
             f"no folder {name} and no bundled teacher of that name. Bundled: {', '.join(BUNDLED)}; or pass a hub id owner/name."
         )
-    options = {} if dtype is None else {"torch_dtype": dtype}
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
     try:
+        options |= blank_networks(str(folder), dtype=dtype) if blank else {}
         pipeline = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **options)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -176,7 +187,7 @@ def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None) -> Any:
         ) from error
     networks = [(key, part) for key, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
     holes = [f"{key}.{parameter}" for key, part in networks for parameter, value in part.named_parameters() if value.is_meta]
-    if holes:
+    if holes and not blank:
         raise UserError(f"the pipeline {name} lacks weights: {', '.join(holes[:3])} and {len(holes)} in all. Save it again, whole.")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -134,6 +134,13 @@ def load_module(network: torch.nn.Module, folder: Path) -> None:
     load_model(network, str(folder / "student.safetensors"))
 
 
+def exported_scheduler(teacher: Teacher) -> Any:
+    """The stock scheduler that a student of ``teacher`` is saved with."""
+    last = int(teacher.process.t_max)
+    alpha_bar = teacher.process.alpha(torch.tensor(last)).square().item()
+    return one_step_scheduler(alpha_bar, timestep=last, prediction_type=teacher.prediction_type)
+
+
 def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mapping[str, Any], prompt: str) -> Any:
     """Save ``network`` with the teacher's other components as a one-step pipeline; returns the pipeline.
 
@@ -147,12 +154,9 @@ def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mappi
 
     from fastdiff._version import __version__
 
-    process = teacher.process
-    last = int(process.t_max)
-    alpha_bar = process.alpha(torch.tensor(last)).square().item()
     components = dict(teacher.pipeline.components)
     components["unet"] = without_guidance(network)
-    components["scheduler"] = one_step_scheduler(alpha_bar, timestep=last, prediction_type=teacher.prediction_type)
+    components["scheduler"] = exported_scheduler(teacher)
     pipeline = type(teacher.pipeline)(**components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def one_step_scheduler(alpha_bar: float, *, timestep: int = 999, prediction_type
     start = -math.expm1(math.log(alpha_bar) / last)
 
     def reached(end: float) -> float:
-        betas = torch.linspace(start, end, total, dtype=torch.float32)
+        betas = torch.linspace(start, end, total, dtype=torch.float32)[:last]
         return torch.cumprod(1 - betas, 0)[timestep].double().item()
 
     end = min((start * (1 + k * 1e-5) for k in range(-1000, 1001)), key=lambda e: abs(reached(e) - alpha_bar))

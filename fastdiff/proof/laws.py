@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.gaussian import Gaussian
-from fastdiff.diffusion.process import NoiseProcess, process_from_scheduler
+from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.diffusion.schedulers import process_from_scheduler
 from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.teacher import Teacher
 

@@ -16,7 +16,8 @@ from fastdiff.data.pairs import Pairs, make_pairs
 from fastdiff.errors import UserError
 from fastdiff.losses import pseudo_huber, reduce
 from fastdiff.models.roles import Roles
-from fastdiff.trainers.method import Batch, Method, Preparation, one_step
+from fastdiff.models.teacher import Teacher
+from fastdiff.trainers.method import Batch, Calls, Method, Preparation, Prepared, one_step
 
 REGRESSION = "regression"
 
@@ -51,6 +52,17 @@ class PairedMethod(Method):
     def prepare(self, preparation: Preparation) -> None:
         self._pairs = load_or_make_pairs(self, preparation) if self.regresses() else None
 
+    def prepare_blank(self, teacher: Teacher, world_size: int) -> Prepared:
+        self._pairs = Pairs.blank(self.share(world_size), teacher.latent_shape) if self.regresses() else None
+        if self._pairs is None:
+            return Prepared()
+        forwards = self.share(world_size) * self.pair_steps * (1 if self.pair_guidance_scale == 1 else 2)
+        return Prepared({"ODE pairs": (self._pairs.noise, self._pairs.x0, self._pairs.prompt)}, {"teacher": Calls(forwards, 0)})
+
+    def share(self, world_size: int) -> int:
+        """Pairs that each of ``world_size`` processes makes."""
+        return -(-self.pairs // world_size)
+
     def trains(self, update: str) -> tuple[str, ...]:
         return ("student",) if update == REGRESSION else super().trains(update)
 
@@ -64,14 +76,14 @@ class PairedMethod(Method):
         """Noise, result and condition of pairs drawn uniformly."""
         assert self._pairs is not None, "prepare() was not called"
         index = batch.draws.integers("pairs", 0, len(self._pairs))
-        device, rows = batch.teacher.device, index.cpu()
+        device, rows = batch.teacher.device, index.to(self._pairs.prompt.device)
         cond = batch.prompts.conditions(self._pairs.prompt[rows])
         return self._pairs.noise[rows].to(device), self._pairs.x0[rows].to(device), cond
 
 
 def load_or_make_pairs(method: PairedMethod, preparation: Preparation) -> Pairs:
     """This rank's share of the pairs, from the run's folder if they were made with these very settings."""
-    share = -(-method.pairs // preparation.world_size)
+    share = method.share(preparation.world_size)
     settings = {
         "teacher": preparation.teacher.identity(),
         "prompts": preparation.prompts.hash(),

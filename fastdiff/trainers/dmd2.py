@@ -26,11 +26,10 @@ from fastdiff.losses import (
     softplus_discriminator,
     softplus_generator,
 )
-from fastdiff.models.discriminator import features_at
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Paper, due, needs_thousand_times, one_step
+from fastdiff.trainers.method import Batch, Calls, Paper, due, last_time, needs_bottleneck, needs_thousand_times, one_step
 
 
 @dataclass(kw_only=True)
@@ -88,6 +87,13 @@ class DMD2(PairedMethod):
 
     def validate(self, teacher: Teacher) -> None:
         needs_thousand_times(teacher)
+        if self.gan_weight > 0:
+            needs_bottleneck(teacher)
+
+    def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:
+        everywhere = (0, last_time(teacher.process))
+        gan = ("gan_student_t", "gan_real_t", "gan_fake_t") if self.gan_weight > 0 else ()
+        return {"student_t": (20, 980), "fake_t": everywhere} | dict.fromkeys(gan, everywhere)
 
     def regresses(self) -> bool:
         return self.warm_start_steps > 0 or self.gan_weight > 0
@@ -102,6 +108,16 @@ class DMD2(PairedMethod):
             return ("fake_score", "discriminator")
         return super().trains(update)
 
+    def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
+        if REGRESSION in updates:
+            return {"student": Calls(1, 1)}
+        gan = self.gan_weight > 0
+        if "student" not in updates:
+            return {"student": Calls(1, 0), "fake_score": Calls(1, 1) + Calls(2 * gan, 2 * gan)}
+        guided = 1 if self.guidance_scale == 1 else 2
+        fake = Calls(2, 1) + Calls(3 * gan, 3 * gan)
+        return {"student": Calls(1, 1), "teacher": Calls(guided, 0), "fake_score": fake}
+
     def lr_of(self, role: str, step: int) -> float:
         return self.regression_lr if step < self.warm_start_steps else super().lr_of(role, step)
 
@@ -113,7 +129,7 @@ class DMD2(PairedMethod):
     def _student_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         x = one_step(roles.denoiser("student"), batch.noise("z"), batch.cond)
         batch.memo["x"] = x.detach()
-        t, eps = batch.times("student_t", 20, 980), batch.noise("student_eps")
+        t, eps = self.times("student_t", batch), batch.noise("student_eps")
         with torch.no_grad():
             x_t = roles.teacher.process.add_noise(x, eps, t)
             real = roles.denoiser("teacher").guided(x_t, t, batch.cond, batch.null, self.guidance_scale)
@@ -130,7 +146,7 @@ class DMD2(PairedMethod):
             with torch.no_grad():
                 batch.memo["x"] = one_step(roles.denoiser("student"), batch.noise("z"), batch.cond)
         x, process = batch.memo["x"], roles.teacher.process
-        t, eps = batch.times("fake_t", 0, int(process.t_max)), batch.noise("fake_eps")
+        t, eps = self.times("fake_t", batch), batch.noise("fake_eps")
         fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, batch.cond)
         terms = {"fake_score": reduce(denoising(fake.eps, eps))}
         if self.gan_weight > 0:
@@ -144,10 +160,8 @@ class DMD2(PairedMethod):
     def _logits(self, x: Tensor, draw: str, cond: Tensor, batch: Batch, roles: Roles) -> Tensor:
         """h on the fake score's bottleneck features of x, noised to a fresh time; the decoder half does not run."""
         process = roles.teacher.process
-        t, eps = batch.times(f"{draw}_t", 0, int(process.t_max)), batch.noise(f"{draw}_eps")
-        x_t = process.add_noise(x, eps, t)
-        tapped = roles.teacher.family.bottleneck(roles.backbone("fake_score"))
-        features = features_at(tapped, lambda: roles.denoiser("fake_score")(x_t, t, cond))
+        t, eps = self.times(f"{draw}_t", batch), batch.noise(f"{draw}_eps")
+        features = roles.features("fake_score", process.add_noise(x, eps, t), t, cond)
         logits: Tensor = roles.modules["discriminator"](features)
         return logits
 

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.data.images import save_grid
 from fastdiff.data.prompts import PromptTable, cycled, read_prompts
 from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.roles import Roles
+from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.pipelines.export import check_exportable, export_student
+from fastdiff.pipelines.export import export_student
 from fastdiff.trainers import checkpoint
+from fastdiff.trainers.checks import check_folder, checks
 from fastdiff.trainers.config import FREE_ON_RESUME, Config
 from fastdiff.trainers.draws import Draws, generator_for
 from fastdiff.trainers.health import Health
@@ -37,6 +38,11 @@ from fastdiff.trainers.log import Log
 from fastdiff.trainers.method import Batch, Method, Preparation
 
 _SHOWN = 16
+
+
+def optimizer_of(role: Role, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser that trains a role."""
+    return torch.optim.AdamW(parameters, lr=role.lr, betas=role.betas, weight_decay=role.weight_decay)
 
 
 class Trainer:
@@ -66,14 +72,9 @@ class Trainer:
         self.method, self.teacher = method, teacher
         self.config = config or Config.of(**options)
         self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision, log_with=list(self.config.trackers) or None)
-        if next(teacher.family.backbone.parameters()).itemsize < 4:
-            raise UserError(
-                f"the teacher {teacher.name} is loaded in half precision: small steps on such weights round to nothing. "
-                "Load it in float32 and pass mixed_precision='bf16'."
-            )
-        check_exportable(teacher)
+        for check in checks(method, teacher):
+            check()
         teacher.family.to(self.accelerator.device)
-        method.validate(teacher)
         self.prompts = PromptTable(read_prompts(prompts, teacher), teacher)
         self.folder = self.config.output_dir
         self.result: dict[str, Any] = {}
@@ -127,23 +128,13 @@ class Trainer:
         self._seconds += time.perf_counter() - clock
 
     def _make_folder(self) -> None:
-        newest = checkpoint.latest(self.folder / "checkpoints")
-        if self.config.resume and newest is None:
-            raise UserError(f"nothing to resume in {self.folder}: it has no checkpoint. Start without --resume.")
+        check_folder(self.config)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the output folder {self.folder}: {error}. Choose another --output.") from error
-        if not self.config.resume and newest is not None:
-            raise UserError(
-                f"{self.folder} holds the checkpoints of an earlier run, which this one would mix with its own. "
-                "Continue it with --resume, or choose another --output, or delete the folder."
-            )
-
     def _optimizer(self, name: str) -> Any:
-        role = self.method.roles()[name]
-        optimizer = torch.optim.AdamW(self._roles.parameters(name), lr=role.lr, betas=role.betas, weight_decay=role.weight_decay)
-        return self.accelerator.prepare(optimizer)
+        return self.accelerator.prepare(optimizer_of(self.method.roles()[name], self._roles.parameters(name)))
 
     def close(self) -> None:
         """Close the logs and take the adapters off the teacher."""
@@ -331,14 +322,16 @@ class Trainer:
         note = {
             "method": self.method.name(),
             "teacher": self.teacher.name,
-            "num_inference_steps": 1,
-            "timesteps": [int(self.teacher.process.t_max)],
+            "num_inference_steps": len(self.method.timesteps(self.teacher)),
+            "timesteps": self.method.timesteps(self.teacher),
             "guidance_scale": 1.0,
             "run": self._identity(),
         }
         self._roles.close()
         self._log.close_bar()
-        pipeline, difference = export_student(self.teacher, network, self.folder, note, prompts, noise, expected, self.method.sample)
+        pipeline, difference = export_student(
+            self.teacher, network, self.folder, note, prompts, noise, expected, self.method.sample
+        )
         reader = "plain diffusers" if self.teacher.pipeline is not None else "a reloaded network"
         self._log.say(f"exported to {self.folder}; {reader} differs from the trainer by {difference:.1e} at most")
         self.result = {

@@ -1,13 +1,15 @@
 """``Method``: a published algorithm as a dataclass, its hyper-parameters as documented fields.
 
-It says which roles it needs, which updates an iteration makes, what each update minimises, and how the student samples. The
-engine does the rest and knows no loss. A new method is one file with one subclass:
+It says which roles it needs, which updates an iteration makes, how often they run each role, what each update minimises, how the
+student samples, and on which laws it is proved. The engine does the rest and knows no loss. A new method is one file with one
+subclass:
 
 >>> @dataclass(kw_only=True)
 ... class MyMethod(Method):
 ...     info = Paper(title="...", venue="...", year=2026, arxiv="...", sheet="...")
 ...     def roles(self): return {"student": Role(train="full", lr=1e-4)}
 ...     def updates(self, step): return ("student",)
+...     def calls(self, updates): return {"student": Calls(1, 1)}
 ...     def loss(self, update, batch, roles): return {"term": scalar}
 """
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.prompts import PromptTable
+from fastdiff.diffusion.process import NoiseProcess
 from fastdiff.errors import UserError
 from fastdiff.models.condition import repeat
 from fastdiff.models.denoiser import Denoiser
@@ -39,6 +42,17 @@ class Paper:
     year: int
     arxiv: str
     sheet: str
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Forward passes and backward passes (to weights or only to the input) of one role, per sample of the batch."""
+
+    forward: int
+    backward: int
+
+    def __add__(self, other: "Calls") -> "Calls":
+        return Calls(self.forward + other.forward, self.backward + other.backward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +115,16 @@ class Preparation:
     """``progress(label, total)`` gives a function to be told how much was done since its last call."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What ``Method.prepare`` costs a process: see ``Method.prepare_blank``."""
+
+    tensors: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """What is kept in the host's memory, by a name that people read."""
+    calls: Mapping[str, Calls] = field(default_factory=dict)
+    """Network calls of each role, in samples."""
+
+
 @dataclass(kw_only=True)
 class Method(ABC):
     """A distillation algorithm; see the module docstring."""
@@ -130,6 +154,10 @@ class Method(ABC):
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         """Named scalar terms; their sum is minimised over ``trains(update)``."""
 
+    @abstractmethod
+    def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
+        """How often an iteration that makes ``updates`` runs each role, per sample of the batch. The ledger is held to it."""
+
     def lr_of(self, role: str, step: int) -> float:
         """Learning rate of a role before the engine's warm-up and decay."""
         return self.roles()[role].lr
@@ -137,6 +165,24 @@ class Method(ABC):
     def prepare(self, preparation: Preparation) -> None:
         """Make or load what the losses need besides prompts. Called once, before the first step."""
         del preparation
+
+    def prepare_blank(self, teacher: Teacher, world_size: int) -> Prepared:
+        """For a plan: leave tensors without values (meta device) where ``prepare`` leaves real ones, and say what that costs."""
+        del teacher, world_size
+        return Prepared()
+
+    def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:
+        """The times that losses draw, both ends included, by the name of the draw; ``times`` draws what is declared here."""
+        del teacher
+        return {}
+
+    def times(self, name: str, batch: Batch) -> Tensor:
+        """Times t uniform on ``noise_range(teacher)[name]``, one per sample."""
+        return batch.times(name, *self.noise_range(batch.teacher)[name])
+
+    def timesteps(self, teacher: Teacher) -> list[int]:
+        """The times at which the student is called to make a sample."""
+        return [last_time(teacher.process)]
 
     def validate(self, teacher: Teacher) -> None:
         """Refuse, with the reason, a teacher this method cannot use."""
@@ -149,14 +195,27 @@ class Method(ABC):
 
 def one_step(student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
     """``x0`` [B, C, h, w] of one network call at t = T from ``noise``."""
-    t = torch.full((len(noise),), int(student.process.t_max), device=noise.device)
+    t = torch.full((len(noise),), last_time(student.process), device=noise.device)
     return student(noise, t, cond).x0
+
+
+def last_time(process: NoiseProcess) -> int:
+    """T, where a one-step student starts."""
+    return int(process.t_max)
 
 
 def needs_thousand_times(teacher: Teacher) -> None:
     """Refuse a teacher whose times are not 0..999: the papers' range 20..980 would be another share of its path."""
     if int(teacher.process.t_max) != 999:
         raise UserError(f"{teacher.name} has times 0..{int(teacher.process.t_max)}; this method draws t from 20..980 of 0..999.")
+
+
+def needs_bottleneck(teacher: Teacher) -> None:
+    """Refuse a teacher whose network has no place for a discriminator to look at."""
+    try:
+        teacher.family.bottleneck(teacher.family.backbone)
+    except NotImplementedError as error:
+        raise UserError(f"{teacher.name}: {error} Turn this method's GAN term off, or take another teacher.") from error
 
 
 def due(step: int, ratio: tuple[int, int]) -> bool:

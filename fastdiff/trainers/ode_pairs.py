@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff.models.roles import Role, Roles
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Paper
+from fastdiff.trainers.method import Batch, Calls, Paper
 
 
 @dataclass(kw_only=True)
@@ -34,6 +34,9 @@ class ODEPairs(PairedMethod):
 
     def updates(self, step: int) -> tuple[str, ...]:
         return (REGRESSION,)
+
+    def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
+        return {"student": Calls(1, 1)}
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         return self.regression(batch, roles)

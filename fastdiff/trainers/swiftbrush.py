@@ -22,7 +22,7 @@ from fastdiff.losses import denoising, pseudo_target, reduce, variational_score_
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Paper, needs_thousand_times, one_step
+from fastdiff.trainers.method import Batch, Calls, Paper, last_time, needs_thousand_times, one_step
 
 
 @dataclass(kw_only=True)
@@ -72,11 +72,20 @@ class SwiftBrush(PairedMethod):
     def validate(self, teacher: Teacher) -> None:
         needs_thousand_times(teacher)
 
+    def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:
+        return {"student_t": (20, 980), "fake_t": (0, last_time(teacher.process))}
+
     def regresses(self) -> bool:
         return self.warm_start_steps > 0
 
     def updates(self, step: int) -> tuple[str, ...]:
         return (REGRESSION,) if step < self.warm_start_steps else ("student", "fake_score")
+
+    def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
+        if REGRESSION in updates:
+            return {"student": Calls(1, 1)}
+        guided = 1 if self.guidance_scale == 1 else 2
+        return {"student": Calls(1, 1), "teacher": Calls(guided, 0), "fake_score": Calls(guided + 1, 1)}
 
     def lr_of(self, role: str, step: int) -> float:
         return self.regression_lr if step < self.warm_start_steps else super().lr_of(role, step)
@@ -89,7 +98,7 @@ class SwiftBrush(PairedMethod):
     def _student_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         x = one_step(roles.denoiser("student"), batch.noise("z"), batch.cond)
         batch.memo["x"] = x.detach()
-        t, eps = batch.times("student_t", 20, 980), batch.noise("student_eps")
+        t, eps = self.times("student_t", batch), batch.noise("student_eps")
         with torch.no_grad():
             process = roles.teacher.process
             x_t = process.add_noise(x, eps, t)
@@ -101,7 +110,7 @@ class SwiftBrush(PairedMethod):
 
     def _fake_score_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         x, process = batch.memo["x"], roles.teacher.process
-        t, eps = batch.times("fake_t", 0, int(process.t_max)), batch.noise("fake_eps")
+        t, eps = self.times("fake_t", batch), batch.noise("fake_eps")
         cond = batch.null if batch.draws.choice("null") < self.null_probability else batch.cond
         fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, cond)
         weight = expand(process.alpha(t).square(), x)

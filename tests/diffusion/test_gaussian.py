@@ -8,8 +8,9 @@ from diffusers import DDIMScheduler
 from tiny import BETAS
 
 from fastdiff.diffusion.gaussian import Gaussian
-from fastdiff.diffusion.process import EDM, DiscreteVP, NoiseProcess, RectifiedFlow, TrigFlow, process_from_scheduler
+from fastdiff.diffusion.process import EDM, DiscreteVP, NoiseProcess, RectifiedFlow, TrigFlow
 from fastdiff.diffusion.reference import reference_flow_map
+from fastdiff.diffusion.schedulers import process_from_scheduler
 
 VP, _ = process_from_scheduler(DDIMScheduler(**BETAS).config)
 assert isinstance(VP, DiscreteVP)

@@ -12,7 +12,8 @@ from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.guidance import guide
 from fastdiff.diffusion.matching import SNRMatched, match_state, snap_time
 from fastdiff.diffusion.prediction import PREDICTION_TYPES, Prediction, x0_from_output
-from fastdiff.diffusion.process import EDM, DiscreteVP, NoiseProcess, RectifiedFlow, TrigFlow, expand, process_from_scheduler
+from fastdiff.diffusion.process import EDM, DiscreteVP, NoiseProcess, RectifiedFlow, TrigFlow, expand
+from fastdiff.diffusion.schedulers import process_from_scheduler
 
 ROWS = torch.tensor([0, 20, 300, 700, 999])
 

@@ -15,7 +15,8 @@ from fastdiff.diffusion.prediction import (
     output_from_x0,
     x0_from_output,
 )
-from fastdiff.diffusion.process import EDM, DiscreteVP, NoiseProcess, RectifiedFlow, TrigFlow, expand, process_from_scheduler
+from fastdiff.diffusion.process import EDM, DiscreteVP, NoiseProcess, RectifiedFlow, TrigFlow, expand
+from fastdiff.diffusion.schedulers import process_from_scheduler
 
 TYPES = ["epsilon", "v_prediction", "sample"]
 CONFIGS = {

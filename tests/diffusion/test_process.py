@@ -27,16 +27,8 @@ from diffusers import (
 from tiny import BETAS
 
 from fastdiff.diffusion.prediction import input_scale, x0_from_output
-from fastdiff.diffusion.process import (
-    EDM,
-    ContinuousVP,
-    DiscreteVP,
-    NoiseProcess,
-    RectifiedFlow,
-    TrigFlow,
-    expand,
-    process_from_scheduler,
-)
+from fastdiff.diffusion.process import EDM, ContinuousVP, DiscreteVP, NoiseProcess, RectifiedFlow, TrigFlow, expand
+from fastdiff.diffusion.schedulers import process_from_scheduler
 
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0, "num_train_timesteps": 500}

@@ -17,7 +17,8 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy import stats
 
 from fastdiff.diffusion import times
-from fastdiff.diffusion.process import EDM, RectifiedFlow, TrigFlow, process_from_scheduler
+from fastdiff.diffusion.process import EDM, RectifiedFlow, TrigFlow
+from fastdiff.diffusion.schedulers import process_from_scheduler
 
 N = 20_000
 

@@ -1,5 +1,6 @@
 """DMD2: what its losses are, term by term."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,26 @@ import torch
 from tiny import tiny_teacher
 
 from fastdiff import Trainer
+from fastdiff.diffusion.exact import GaussianMixture
+from fastdiff.errors import UserError
+from fastdiff.models.mlp import TimeMLP
+from fastdiff.models.teacher import Teacher
+from fastdiff.proof import laws
 from fastdiff.trainers import DMD2
-from fastdiff.trainers.method import due, one_step
+from fastdiff.trainers.method import Method, due, one_step
 
 PAIRS = {"pairs": 12, "pair_steps": 2}
+VARIANTS: dict[str, Method] = {
+    f"{fake_score}{'-gan' * gan}{'-warm' * warm}": DMD2(
+        ratio=(1, 3) if fake_score == "full" else (2, 3),
+        fake_score=fake_score,
+        rank=4,
+        gan_weight=1e-3 * gan,
+        warm_start_steps=2 * warm,
+        **PAIRS,
+    )
+    for fake_score, gan, warm in itertools.product(("full", "lora"), (False, True), (False, True))
+}
 
 
 def started(tmp_path: Path, **fields: object) -> Trainer:
@@ -98,6 +115,15 @@ def test_gan_reaches_student_through_the_frozen_fake_score_and_back(tmp_path: Pa
     assert all(p.grad is not None for p in run._roles.parameters("discriminator"))
     assert all(p.grad is None for p in run._roles.parameters("student"))
     run.close()
+
+
+def test_a_gan_term_without_a_bottleneck_is_refused_before_the_training(tmp_path: Path) -> None:
+    law = GaussianMixture.ring(laws.process())
+    teacher = Teacher.from_module(TimeMLP(2), law.process, "v_prediction", shape=(2,), law=law, name="ring")
+    with pytest.raises(UserError, match=r"ring.*no bottleneck.*GAN term off"):
+        Trainer(DMD2(gan_weight=1e-3), teacher, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    Trainer(DMD2(), teacher, output_dir=tmp_path / "run")
 
 
 def test_an_iteration_without_student_update_builds_no_student_graph(tmp_path: Path) -> None:

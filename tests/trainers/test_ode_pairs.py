@@ -7,11 +7,14 @@ from tiny import tiny_teacher
 
 from fastdiff import Trainer
 from fastdiff.trainers import ODEPairs
-from fastdiff.trainers.method import one_step
+from fastdiff.trainers.method import Method, one_step
+
+PAIRS = {"pairs": 12, "pair_steps": 2}
+VARIANTS: dict[str, Method] = {"guided": ODEPairs(**PAIRS), "unguided": ODEPairs(pair_guidance_scale=1.0, **PAIRS)}
 
 
 def started(tmp_path: Path, **fields: object) -> Trainer:
-    run = Trainer(ODEPairs(pairs=12, pair_steps=2, **fields), tiny_teacher(), output_dir=tmp_path, max_steps=9, batch_size=4)
+    run = Trainer(ODEPairs(**PAIRS, **fields), tiny_teacher(), output_dir=tmp_path, max_steps=9, batch_size=4)
     run.start()
     return run
 
@@ -46,7 +49,7 @@ def test_pairs_are_reused_by_a_resumed_run(tmp_path: Path) -> None:
     written = path.stat().st_mtime_ns
     run._save()
     run.close()
-    again = Trainer(ODEPairs(pairs=12, pair_steps=2), tiny_teacher(), output_dir=tmp_path, max_steps=9, batch_size=4, resume=True)
+    again = Trainer(ODEPairs(**PAIRS), tiny_teacher(), output_dir=tmp_path, max_steps=9, batch_size=4, resume=True)
     again.start()
     again.close()
     assert path.stat().st_mtime_ns == written

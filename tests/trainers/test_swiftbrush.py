@@ -8,7 +8,15 @@ from tiny import tiny_teacher
 from fastdiff import Trainer
 from fastdiff.diffusion.process import expand
 from fastdiff.trainers import SwiftBrush
-from fastdiff.trainers.method import one_step
+from fastdiff.trainers.method import Method, one_step
+
+TINY = {"rank": 4, "lora_alpha": 8.0, "pairs": 12, "pair_steps": 2}
+VARIANTS: dict[str, Method] = {
+    "cold": SwiftBrush(null_probability=0.0, **TINY),
+    "cold-null": SwiftBrush(null_probability=1.0, **TINY),
+    "warm": SwiftBrush(null_probability=0.0, warm_start_steps=2, **TINY),
+    "warm-null": SwiftBrush(null_probability=1.0, warm_start_steps=2, **TINY),
+}
 
 
 def started(tmp_path: Path, **fields: object) -> Trainer:

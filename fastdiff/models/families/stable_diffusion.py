@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion.process import DiscreteVP, NoiseProcess, process_from_scheduler
+from fastdiff.diffusion.process import DiscreteVP, NoiseProcess
+from fastdiff.diffusion.schedulers import process_from_scheduler
 from fastdiff.models.denoiser import Network
 from fastdiff.models.discriminator import FeatureHead
 from fastdiff.models.families.base import Family
@@ -29,8 +30,7 @@ class StableDiffusion(Family):
         return network
 
     def process(self) -> tuple[NoiseProcess, str]:
-        scheduler = self.pipeline.scheduler
-        process, prediction_type = process_from_scheduler({**scheduler.config, "_class_name": type(scheduler).__name__})
+        process, prediction_type = process_from_scheduler(self.pipeline.scheduler)
         if not isinstance(process, DiscreteVP):
             raise ValueError(
                 f"its scheduler describes a {type(process).__name__}, no variance-preserving process; Stable Diffusion's network "

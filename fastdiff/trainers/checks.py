@@ -1,0 +1,36 @@
+"""What a run refuses before it starts: the trainer raises the first refusal, the plan collects them all."""
+
+from collections.abc import Callable
+
+from fastdiff.errors import UserError
+from fastdiff.models.teacher import Teacher
+from fastdiff.pipelines.export import check_exportable
+from fastdiff.trainers import checkpoint
+from fastdiff.trainers.config import Config
+from fastdiff.trainers.method import Method
+
+
+def checks(method: Method, teacher: Teacher) -> list[Callable[[], None]]:
+    """What method and teacher must pass together; each raises a UserError that says why it does not."""
+    return [lambda: check_precision(teacher), lambda: check_exportable(teacher), lambda: method.validate(teacher)]
+
+
+def check_precision(teacher: Teacher) -> None:
+    """Refuse a teacher in half precision."""
+    if next(teacher.family.backbone.parameters()).itemsize < 4:
+        raise UserError(
+            f"the teacher {teacher.name} is loaded in half precision: small steps on such weights round to nothing. "
+            "Load it in float32 and pass mixed_precision='bf16'."
+        )
+
+
+def check_folder(config: Config) -> None:
+    """Refuse an output folder with another run in it, or with none to resume."""
+    newest = checkpoint.latest(config.output_dir / "checkpoints")
+    if config.resume and newest is None:
+        raise UserError(f"nothing to resume in {config.output_dir}: it has no checkpoint. Start without --resume.")
+    if not config.resume and newest is not None:
+        raise UserError(
+            f"{config.output_dir} holds the checkpoints of an earlier run, which this one would mix with its own. "
+            "Continue it with --resume, or choose another --output, or delete the folder."
+        )

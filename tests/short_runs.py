@@ -215,7 +215,7 @@ def join_ranks(run: Trainer, world_size: int) -> None:
             parts = [share.draw_pairs(dataclasses.replace(batch, draws=draws)) for share, draws in zip(shares, ranks, strict=True)]
             return tuple(concat(*part) for part in zip(*parts, strict=True))
 
-        run.method.draw_pairs = draw_pairs  # type: ignore[method-assign,assignment]
+        run.method.draw_pairs = draw_pairs  # type: ignore[method-assign]
 
 
 def as_rank(index: int, world_size: int, folder: str) -> None:

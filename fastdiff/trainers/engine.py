@@ -133,6 +133,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the output folder {self.folder}: {error}. Choose another --output.") from error
+
     def _optimizer(self, name: str) -> Any:
         return self.accelerator.prepare(optimizer_of(self.method.roles()[name], self._roles.parameters(name)))
 

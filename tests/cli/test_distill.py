@@ -9,9 +9,10 @@ import signal
 
 import pytest
 
-from fastdiff.cli.distill import DEFAULT_METHOD, choose, engine_options, parsed
+from fastdiff.cli.distill import parsed
 from fastdiff.cli.main import main
 from fastdiff.cli.methods import methods
+from fastdiff.cli.training import DEFAULT_METHOD, choose, engine_options
 
 TINY = ["--pairs", "8", "--pair-steps", "2", "--batch-size", "4", "--max-steps", "3", "--validate-every", "0"]
 
@@ -124,7 +125,7 @@ def test_ctrl_c_leaves_a_run_that_the_printed_line_finishes(words, tmp_path, cap
         return loss(self, *args)
 
     monkeypatch.setattr(ODEPairs, "loss", interrupted)
-    monkeypatch.setattr("fastdiff.trainers.engine.verify_export", lambda *_: 0.0)  # ten seconds; tested above
+    monkeypatch.setattr("fastdiff.pipelines.export.verify_export", lambda *_: 0.0)  # ten seconds; tested above
     assert main([*words, "--no-evaluate"]) == 130
     err, folder = capsys.readouterr().err, tmp_path / "run"
     assert "Traceback" not in err

@@ -267,7 +267,7 @@ def precisions() -> Iterator[Callable[[], None]]:
 
 
 def test_bf16_autocast_stays_near_float32(method: Method, tmp_path: Path, precisions: Callable[[], None]) -> None:
-    """Terms, and gradients, which a weight cast under no_grad and remembered by autocast would lose without a word."""
+    """Terms and gradients; a weight that has a gradient in one precision only is infinitely far."""
     terms: dict[str, dict[str, Tensor]] = {}
     found: dict[str, dict[str, Tensor]] = {}
     for precision in ("no", "bf16"):

@@ -28,12 +28,12 @@ from fastdiff.trainers.plan import Plan, _resident, cycle, kept_for_backward, pl
 PAIRS = {"pairs": 5, "pair_steps": 2}
 METHODS = {
     "ode-pairs": ODEPairs(**PAIRS),
-    "swiftbrush": SwiftBrush(warm_start_steps=2, **PAIRS),
-    "dmd2-full-gan": DMD2(gan_weight=1e-3, ratio=(2, 5), **PAIRS),
+    "swiftbrush": SwiftBrush(warm_start_steps=1, **PAIRS),
+    "dmd2-full-gan": DMD2(gan_weight=1e-3, ratio=(1, 2), **PAIRS),
     "dmd2-lora-gan": DMD2(fake_score="lora", gan_weight=1e-3, ratio=(1, 2), **PAIRS),
 }
 PROMPTS = captions()[:8]
-OPTIONS = {"max_steps": 12, "batch_size": 2, "accumulation": 2, "validate_every": 0}
+OPTIONS = {"max_steps": 12, "batch_size": 1, "validate_every": 0}
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -58,7 +58,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_bytes_are_those_of_the_run(both: tuple[Plan, Trainer]) -> None:
     plan, run = both
-    while run._step < 3:
+    while run._step < 2 and not all(o.optimizer.state for o in run._optimizers.values()):
         run.advance()
     backbone = run.teacher.family.backbone
     weights = size([*(p for name, p in backbone.named_parameters() if ".lora_" not in name), *backbone.buffers()])
@@ -89,7 +89,7 @@ def test_bytes_are_those_of_the_run(both: tuple[Plan, Trainer]) -> None:
 def test_activations_are_what_autograd_keeps_in_the_run(both: tuple[Plan, Trainer]) -> None:
     plan, run = both
     assert plan.unknown == []
-    for step in range(3):
+    for step in range(2):
         batch = run._micro_batches(step)[0]
         for update in run.method.updates(step):
             run._roles.train_only(*run.method.trains(update))
@@ -132,7 +132,7 @@ def test_losses_draw_the_declared_times_and_call_the_student_at_the_declared_ste
     monkeypatch.setattr(Batch, "times", watched)
     module = run._roles.modules["student"]
     handle = module.register_forward_pre_hook(lambda _, inputs: students.update(inputs[1].tolist()))
-    for step in range(3):
+    for step in range(2):
         run._iteration(step)
     run._images(run._roles.denoiser("student"), 2)
     handle.remove()

@@ -1,0 +1,114 @@
+"""A user's own network as a teacher, with and without a law that answers for it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdiff import Teacher, Trainer
+from fastdiff.diffusion import DiscreteVP, GaussianMixture, Prediction, RectifiedFlow
+from fastdiff.models.mlp import TimeMLP
+from fastdiff.models.roles import Role, Roles
+from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush
+
+TABLE = torch.linspace(0.9999, 0.005, 1000, dtype=torch.float64)
+
+
+def mlp(seed: int = 0, **options: int) -> TimeMLP:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TimeMLP(2, hidden=16, depth=2, **options)
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(5, 2, generator=generator), torch.randint(0, 1000, (5,), generator=generator)
+
+
+def test_the_module_is_called_with_state_time_and_labels() -> None:
+    network = mlp(classes=2)
+    teacher = Teacher.from_module(network, DiscreteVP(TABLE), "v_prediction", shape=(2,), prompts=["0", "1"])
+    x, t = inputs()
+    labels = teacher.encode(["0", "1", "", "1", "0"])
+    assert labels.tolist() == [0, 1, -1, 1, 0]
+    prediction = teacher.denoiser(x, t, labels)
+    a, s = teacher.process.alpha(t).float()[:, None], teacher.process.sigma(t).float()[:, None]
+    assert torch.allclose(prediction.x0, a * x - s * network(x, t, labels), atol=1e-6)
+    assert teacher.latent_shape == (2,)
+    assert torch.equal(teacher.null, torch.tensor([-1]))
+
+
+def test_network_time_is_that_of_the_process() -> None:
+    seen = []
+
+    class Spy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
+            seen.append(t)
+            return 0 * x
+
+    teacher = Teacher.from_module(Spy(), RectifiedFlow(), "flow_prediction", shape=(2,))
+    x = torch.ones(2, 2)
+    assert torch.equal(teacher.denoiser(x, torch.tensor([0.25, 1.0]), None).x0, x)
+    assert seen[0].tolist() == [250.0, 1000.0]
+
+
+def test_a_law_answers_for_the_teacher_and_the_network_only_starts_the_students() -> None:
+    law = GaussianMixture.ring(DiscreteVP(TABLE))
+    teacher = Teacher.from_module(mlp(), law.process, "v_prediction", shape=(2,), law=law)
+    roles = Roles(teacher, {"student": Role(train="full", lr=1e-3)})
+    x, t = inputs()
+    assert torch.equal(roles.denoiser("teacher")(x, t, None).x0, law(x, t).x0)
+    assert not torch.allclose(roles.denoiser("student")(x, t, None).x0, law(x, t).x0, atol=1e-2)
+    assert dict(roles.ledger) == {"teacher": 5, "student": 5}
+    guided = roles.denoiser("teacher").guided(x, t, torch.full((5,), -1), torch.full((5,), -1), 3.0)
+    assert isinstance(guided, Prediction)
+    assert roles.ledger["teacher"] == 15
+
+
+def test_lora_roles_adapt_every_linear_layer_and_merge() -> None:
+    teacher = Teacher.from_module(mlp(), DiscreteVP(TABLE), "v_prediction", shape=(2,))
+    before = teacher.weights_hash()
+    roles = Roles(teacher, {"student": Role(train="full", lr=1e-3), "fake": Role(train="lora", lr=1e-3, rank=4)})
+    for p in roles.parameters("fake"):
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    x, t = inputs()
+    adapted = roles.denoiser("fake")(x, t, None).x0
+    assert len(roles.parameters("fake")) == 2 * 3  # A and B of two hidden layers and the output
+    assert (adapted - roles.denoiser("teacher")(x, t, None).x0).abs().max() > 1e-3
+    merged = roles.merged("fake")
+    assert set(merged.state_dict()) == set(mlp().state_dict())
+    assert torch.allclose(teacher.family.network(merged)(x, t, None), roles.network("fake")(x, t, None), atol=1e-6)
+    roles.close()
+    assert teacher.weights_hash() == before
+
+
+@pytest.mark.parametrize(
+    "method", [ODEPairs(pairs=8, pair_steps=2), SwiftBrush(rank=2), DMD2(ratio=(1, 2))], ids=lambda method: method.name()
+)
+def test_the_whole_run_returns_the_reloadable_student(method: object, tmp_path: Path) -> None:
+    teacher = Teacher.from_module(mlp(classes=2), DiscreteVP(TABLE), "v_prediction", shape=(2,), prompts=["0", "1"])
+    run = Trainer(method, teacher, output_dir=tmp_path, max_steps=3, batch_size=4, warmup_steps=0, validate_every=2)
+    network = run.train()
+    assert run.result["export_max_abs_diff"] == 0
+    assert not list(tmp_path.glob("validation/*"))  # a vector is no picture
+    from fastdiff.pipelines.export import load_module
+
+    again = mlp(seed=5, classes=2)
+    load_module(again, tmp_path)
+    x, t = inputs()
+    labels = torch.tensor([0, 1, 0, 1, 0])
+    assert torch.equal(again(x, t, labels), network(x, t, labels))
+    assert not torch.equal(network(x, t, labels), teacher.family.backbone(x, t, labels))
+
+
+def test_a_gan_on_a_network_without_bottleneck_is_refused_before_training(tmp_path: Path) -> None:
+    from fastdiff.errors import UserError
+
+    teacher = Teacher.from_module(mlp(), DiscreteVP(TABLE), "v_prediction", shape=(2,))
+    with pytest.raises(UserError, match="bottleneck"):
+        Trainer(DMD2(gan_weight=1e-3), teacher, output_dir=tmp_path, max_steps=3).train()

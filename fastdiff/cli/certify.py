@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class Options:
     methods: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[METHOD ...]")] = ()
-    """The methods to certify; all of them without any."""
+    """The methods to certify; without any, all of them."""
     law: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAW [LAW ...]")] = ()
     """Only on these laws: ring, gaussian, classes, images. Without it, on every law the method names."""
     seed: Annotated[tuple[int, ...], tyro.conf.arg(metavar="S [S ...]")] = (0,)

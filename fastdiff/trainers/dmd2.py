@@ -11,6 +11,7 @@ into the fake score too. The real samples of the GAN term are the teacher's stor
 data: the paper uses real images. Both networks start from the teacher. Yin et al., NeurIPS 2024, arXiv 2405.14867.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +30,9 @@ from fastdiff.losses import (
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Calls, Paper, due, last_time, needs_bottleneck, needs_thousand_times, one_step
+from fastdiff.trainers.method import Batch, Calls, Paper, Trial, due, last_time, needs_bottleneck, needs_thousand_times, one_step
+
+_TRIAL = {"guidance_scale": 1.0, "lr": 5e-4, "fake_score_lr": 2e-3, "ratio": (1, 4)}
 
 
 @dataclass(kw_only=True)
@@ -43,6 +46,12 @@ class DMD2(PairedMethod):
         arxiv="2405.14867",
         sheet="few_step_diffusion.md: DMD and DMD2",
     )
+
+    trials: ClassVar[Mapping[str, Trial]] = {
+        "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.5}, max_steps=6000),
+        "gaussian": Trial(fields=_TRIAL, bounds={"w2": 0.9, "covariance": 0.15}, max_steps=6000),
+        "classes": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.95}, max_steps=6000),
+    }
 
     guidance_scale: float = 1.75
     """Guidance of the teacher (paper: 1.75 for SD 1.5, 8 for SDXL); 1 is off. The fake score is never guided."""

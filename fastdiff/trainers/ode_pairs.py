@@ -7,6 +7,7 @@ Luhman & Luhman, Knowledge Distillation in Iterative Generative Models (arXiv 21
 2024, arXiv 2311.18828). The sheet has it inside DMD; distance and step count are this library's choices.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from fastdiff.models.roles import Role, Roles
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Calls, Paper
+from fastdiff.trainers.method import Batch, Calls, Paper, Trial
+
+_TRIAL = {"pairs": 20_000, "pair_steps": 32, "pair_guidance_scale": 1.0, "regression_lr": 2e-3}
 
 
 @dataclass(kw_only=True)
@@ -28,6 +31,12 @@ class ODEPairs(PairedMethod):
         arxiv="2101.02388",
         sheet="few_step_diffusion.md: DMD and DMD2 (regression term)",
     )
+
+    trials: ClassVar[Mapping[str, Trial]] = {
+        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 0.1, "sliced_w2": 0.15, "mode_mass": 0.2}, max_steps=1500),
+        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 0.1, "w2": 0.5, "covariance": 0.12}, max_steps=1500),
+        "classes": Trial(fields=_TRIAL, bounds={"flow_map": 0.1, "sliced_w2": 0.2, "mode_mass": 0.4}, max_steps=2000),
+    }
 
     def roles(self) -> dict[str, Role]:
         return {"student": Role(train="full", lr=self.regression_lr)}

@@ -10,6 +10,7 @@ on the teacher's own backbone. Nguyen & Tran, CVPR 2024, arXiv 2312.05239; losse
 official script; lr and its decay are not.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +23,9 @@ from fastdiff.losses import denoising, pseudo_target, reduce, variational_score_
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Calls, Paper, last_time, needs_thousand_times, one_step
+from fastdiff.trainers.method import Batch, Calls, Paper, Trial, last_time, needs_thousand_times, one_step
+
+_TRIAL = {"guidance_scale": 1.0, "lr": 2e-4, "fake_score_lr": 2e-3}
 
 
 @dataclass(kw_only=True)
@@ -36,6 +39,12 @@ class SwiftBrush(PairedMethod):
         arxiv="2312.05239",
         sheet="few_step_diffusion.md: SwiftBrush",
     )
+
+    trials: ClassVar[Mapping[str, Trial]] = {
+        "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.5}, max_steps=4000),
+        "gaussian": Trial(fields=_TRIAL, bounds={"w2": 0.9, "covariance": 0.15}, max_steps=4000),
+        "classes": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.95}, max_steps=4000),
+    }
 
     guidance_scale: float = 4.5
     """Guidance of teacher and fake score alike; 1 is off."""

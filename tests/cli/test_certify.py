@@ -1,0 +1,63 @@
+"""``fastdiff certify``: choice of methods and laws, table, JSON, exit codes; the certificates themselves are in tests/proof."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastdiff.cli.main import main
+from fastdiff.proof import certify as proof
+from fastdiff.proof.certify import Row
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """The certificates that are run, each answered with one row: 0.1 on the ring and 0.9 elsewhere, bound 0.5."""
+    calls: list[tuple[str, str, int]] = []
+
+    def answer(method: type, law: str, *, seed: int) -> list[Row]:
+        calls.append((method.name(), law, seed))
+        value = 0.1 if law == "ring" else 0.9
+        return [Row(method.name(), law, "mode_mass", value, 0.5, 1.0, 0.05, 1.0, seed, {"masses": [0.75, 0.25]})]
+
+    monkeypatch.setattr(proof, "certify", answer)
+    return calls
+
+
+def test_all_methods_on_all_their_laws_without_arguments(asked: list[tuple[str, str, int]]) -> None:
+    assert main(["certify"]) == 1
+    assert {method for method, *_ in asked} == {"dmd2", "ode-pairs", "swiftbrush"}
+    assert {("dmd2", "ring", 0), ("swiftbrush", "gaussian", 0)} <= set(asked)
+
+
+def test_chosen_methods_laws_and_seeds(
+    asked: list[tuple[str, str, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.json"
+    assert main(["certify", "dmd2", "--law", "ring", "--seed", "1", "2", "--json", str(file)]) == 0
+    assert asked == [("dmd2", "ring", 1), ("dmd2", "ring", 2)]
+    rows = json.loads(file.read_text())
+    assert [row["seed"] for row in rows] == [1, 2]
+    assert {"method", "law", "metric", "value", "bound", "baseline", "seconds", "pass"} <= rows[0].keys()
+    assert rows[0]["pass"] is True
+    out = capsys.readouterr().out
+    assert "dmd2    ring  mode_mass    0.1    0.5" in out
+    assert "masses of dmd2 on ring: 0.750 0.250" in out
+
+
+def test_a_missed_bound_is_said_and_exits_with_1(asked: list[tuple[str, str, int]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certify", "dmd2", "--law", "ring", "gaussian"]) == 1
+    assert "1 of 2 bounds were missed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["dmd3"], "did you mean 'dmd2'?"),
+        (["--law", "rings"], "did you mean 'ring'?"),
+    ],
+)
+def test_unknown_names(asked: list[tuple[str, str, int]], words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certify", *words]) == 2
+    assert says in capsys.readouterr().err
+    assert asked == []

@@ -12,9 +12,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int = 8, zoom: int = 2) -> None:
-    """Images [B, 3, H, W] in [0, 1] as one PNG, row by row; the last row is filled with white."""
+    """Images [B, 3 or 1, H, W] in [0, 1] as one PNG, row by row; the last row is filled with white."""
     from PIL import Image
 
+    images = images.expand(-1, 3, -1, -1)  # grey as it is
     rows = -(-len(images) // columns)
     blank = images.new_ones(rows * columns - len(images), *images.shape[1:])
     tiles = to_uint8(torch.cat([images, blank])).unflatten(0, (rows, columns))

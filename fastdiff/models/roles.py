@@ -211,3 +211,4 @@ def _add_adapter(backbone: nn.Module, name: str, role: Role, targets: tuple[str,
     wanted = [t for t in role.lora_targets or () if any(key == t or key.endswith(f".{t}") for key in names)]
     config = LoraConfig(r=role.rank, lora_alpha=role.lora_alpha, target_modules=wanted or list(targets))
     inject_adapter_in_model(config, backbone, adapter_name=name)
+    del backbone.peft_config  # peft would warn of a second adapter; ``Adapters`` keeps the count

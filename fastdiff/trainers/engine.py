@@ -310,7 +310,7 @@ class Trainer:
             self._show(images, f"step-{self._step:08d}.png")
 
     def _show(self, images: Tensor, name: str) -> None:
-        if images.ndim == 4:  # what a teacher decodes to need not be pictures
+        if images.ndim == 4 and images.shape[1] in {1, 3}:  # what a teacher decodes to need not be pictures
             save_grid(images, self.folder / "validation" / name)
 
     def _finish(self) -> Any:

@@ -34,3 +34,12 @@ def test_grid_shows_each_image_at_its_place(tmp_path: Path) -> None:
         tile = grid[row * 8 : (row + 1) * 8, column * 12 : (column + 1) * 12]
         want = pixels[i] if i < 5 else np.full((4, 6, 3), 255, dtype=np.uint8)
         assert np.array_equal(tile, want.repeat(2, axis=0).repeat(2, axis=1))
+
+
+def test_grey_images_become_grey_pixels(tmp_path: Path) -> None:
+    images = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4)
+    save_grid(images, tmp_path / "grey.png", columns=2, zoom=1)
+    pixels = np.asarray(Image.open(tmp_path / "grey.png"))
+    assert pixels.shape == (4, 8, 3)
+    assert (pixels[:, :4] == 0).all()
+    assert (pixels[:, 4:] == 255).all()

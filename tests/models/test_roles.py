@@ -1,6 +1,7 @@
 """Roles on one frozen backbone: who computes, who trains, and what is left of the teacher afterwards."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -336,3 +337,12 @@ def test_the_private_attributes_of_peft_are_where_roles_sets_them(adapters: Role
     for layer in adapters.adapters.layers:
         assert layer.disable_adapters
     assert adapters.adapters.layers
+
+
+def test_adapters_leave_nothing_behind_and_peft_has_nothing_to_say(teacher: Teacher) -> None:
+    before = set(vars(teacher.family.backbone))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            Roles(teacher, {"student": LORA, "fake_score": LORA}).close()
+    assert set(vars(teacher.family.backbone)) == before

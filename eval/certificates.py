@@ -1,7 +1,7 @@
 """The rows of ``fastdiff certify --json`` over several seeds as one Markdown table: mean, smallest and largest value.
 
-    fastdiff certify --seed 0 1 2 --json docs/results/certificates.json
-    python eval/certificates.py docs/results/certificates.json
+fastdiff certify --seed 0 1 2 --json docs/results/certificates.json
+python eval/certificates.py docs/results/certificates.json
 """
 
 import json

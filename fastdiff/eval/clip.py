@@ -4,10 +4,18 @@
 
 (Hessel et al., "CLIPScore: a reference-free evaluation metric for image captioning", EMNLP 2021, arXiv:2104.08718.)
 Published numbers differ in five choices: the model, the text prefix, the scale, where the clamp stands, and how the
-image is prepared. All five are arguments here and appear in ``ClipScore.conventions``; a score without them cannot be
-compared with another.
+image is prepared. All five are arguments here and stand in the result; a score without them cannot be compared with
+another.
+
+| source | model | prefix | prepare | scale | clamp |
+|---|---|---|---|---|---|
+| CLIPScore | ViT-B/32 | ``"A photo depicts "`` | crop | 2.5 | per_sample |
+| torchmetrics | ViT-L/14 | none | crop | 100 | mean |
+| DMD2, SwiftBrush v2 | ViT-g-14 laion2b | ``"A photo depicts "`` (DMD2: token level) | crop after LANCZOS to 256 | 1 | none |
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +28,14 @@ from fastdiff.eval.stats import Score
 
 FOLDER = ASSETS / "fashion-clip"
 Clamp = Literal["per_sample", "mean", "none"]
+Prepare = Literal["squash", "crop"] | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ClipValue(Score):
+    """A CLIP score, its standard error, and the five choices it depends on."""
+
+    conventions: Mapping[str, str | float]
 
 
 class ClipScore:
@@ -33,11 +49,11 @@ class ClipScore:
         scale: factor of the cosine: 100 (torchmetrics), 2.5 (CLIPScore), 1 (DMD2).
         clamp: ``"per_sample"`` max(cosine, 0) of each image (CLIPScore), ``"mean"`` of the mean (torchmetrics),
             ``"none"``.
+        prepare: how an image of another size gets the model's: ``"squash"`` both sides, ``"crop"`` the centre after the
+            shorter side (CLIP's own), or a function of images [B, 3, H, W] in [0, 1] that goes before ``"crop"`` and is
+            recorded by its name. The filter is antialiased bicubic, in float without 8-bit rounding.
 
-    Images of another size than the model's are squashed to it by an antialiased bicubic filter in float, without 8-bit
-    rounding.
-
-    >>> ClipScore()(images, captions)                         # the bundled model: Score(value=..., se=...)
+    >>> ClipScore()(images, captions)                         # the bundled model: ClipValue(value=..., se=..., ...)
     """
 
     def __init__(
@@ -48,9 +64,12 @@ class ClipScore:
         prefix: str = "",
         scale: float = 100.0,
         clamp: Clamp = "per_sample",
+        prepare: Prepare = "squash",
     ) -> None:
         if clamp not in ("per_sample", "mean", "none"):
             raise ValueError(f"clamp is {clamp!r}: expected 'per_sample', 'mean' or 'none'; they differ on images that fail.")
+        if not callable(prepare) and prepare not in ("squash", "crop"):
+            raise ValueError(f"prepare is {prepare!r}: expected 'squash', 'crop' or a function; they show the model other pixels.")
         if isinstance(model, nn.Module):
             if tokenizer is None:
                 raise ValueError("a CLIP module came without tokenizer: pass tokenizer=..., as another one would give wrong ids.")
@@ -58,12 +77,13 @@ class ClipScore:
         else:
             self.name, (network, tokenizer) = Path(model).name, load(Path(model))
         self.model: Any = network.eval().requires_grad_(False)
-        self.tokenizer, self.prefix, self.scale, self.clamp = tokenizer, prefix, scale, clamp
+        self.tokenizer, self.prefix, self.scale, self.clamp, self.way = tokenizer, prefix, scale, clamp, prepare
 
     @property
     def conventions(self) -> dict[str, str | float]:
         """The five choices that a number depends on."""
-        image = f"float in [0, 1], antialiased bicubic squash to {self.size[0]}x{self.size[1]}"
+        way = f"{getattr(self.way, '__name__', 'function')}, then crop" if callable(self.way) else self.way
+        image = f"float in [0, 1], antialiased bicubic {way} to {self.size[0]}x{self.size[1]}"
         return {"model": self.name, "prefix": self.prefix, "scale": self.scale, "clamp": self.clamp, "image": image}
 
     @property
@@ -85,14 +105,16 @@ class ClipScore:
 
     def prepare(self, images: Tensor) -> Tensor:
         """``images`` in [0, 1] at the model's size and normalised as the model was trained."""
+        images = self.way(images) if callable(self.way) else images
         if tuple(images.shape[2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            images = _bicubic(images, self.size) if self.way == "squash" else _crop(images, self.size)
         mean, std = (torch.tensor(v).to(images)[:, None, None] for v in (self.model.visual.image_mean, self.model.visual.image_std))
         return (images - mean) / std
 
-    def __call__(self, images: Tensor, captions: list[str]) -> Score:
+    def __call__(self, images: Tensor, captions: list[str]) -> ClipValue:
         """The score of ``images`` [B, 3, H, W] in [0, 1] and their captions, with its standard error."""
-        return reduce(self.cosines(images, captions), scale=self.scale, clamp=self.clamp)
+        score = reduce(self.cosines(images, captions), scale=self.scale, clamp=self.clamp)
+        return ClipValue(score.value, score.se, self.conventions)
 
 
 def reduce(cosines: Tensor, *, scale: float, clamp: Clamp) -> Score:
@@ -101,6 +123,19 @@ def reduce(cosines: Tensor, *, scale: float, clamp: Clamp) -> Score:
         cosines = cosines.clamp(min=0)
     score = Score.of(scale * cosines)
     return Score(max(score.value, 0.0), score.se) if clamp == "mean" else score
+
+
+def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
+def _crop(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """The centre of ``size`` after a resize that keeps the aspect and just covers it, the long side rounded down (torchvision)."""
+    (height, width), (h, w) = images.shape[2:], size
+    factor = max(h / height, w / width)
+    images = _bicubic(images, (max(h, int(height * factor)), max(w, int(width * factor))))
+    top, left = round((images.shape[2] - h) / 2), round((images.shape[3] - w) / 2)
+    return images[:, :, top : top + h, left : left + w]
 
 
 def load(folder: Path) -> tuple[nn.Module, Any]:

@@ -4,10 +4,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from fastdiff.data.fashion import random_captions
 from fastdiff.eval.clip import ClipScore, reduce
+from fastdiff.eval.stats import Score
 
 
 @pytest.fixture
@@ -82,11 +84,49 @@ def test_images_of_another_size_are_squashed_smoothly(clip_folder):
     assert score.prepare(checks.expand(1, 3, 96, 96))[..., 4:-4, 4:-4].abs().max() < 0.1
 
 
-def test_conventions_name_all_five_choices(clip_folder):
-    conventions = ClipScore(clip_folder, prefix="a photo of ", scale=2.5, clamp="none").conventions
+@pytest.mark.parametrize(("height", "width"), [(48, 80), (91, 40), (32, 47), (20, 33)])
+def test_crop_is_the_preprocessing_of_clip(clip_folder, height, width):
+    """torchvision's shorter side and centre crop, on 8-bit PIL images, to the rounding of one level."""
+    coarse = torch.rand(2, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(coarse, (height, width), mode="bilinear")
+    images = (images * 255).round() / 255
+    theirs = open_clip.image_transform(32, is_train=False, mean=(0.5,) * 3, std=(0.25,) * 3, resize_mode="shortest")
+    pictures = [Image.fromarray((255 * x).round().byte().permute(1, 2, 0).numpy()) for x in images]
+    expected = torch.stack([theirs(picture) for picture in pictures])
+    found = ClipScore(clip_folder, prepare="crop").prepare(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1.6 / 255 / 0.25)
+    assert (ClipScore(clip_folder).prepare(images) - expected).abs().max() > 0.1
+
+
+def test_a_function_goes_before_the_crop_and_is_named(clip_folder, images):
+    def centre(x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, 4:-4, 4:-4]
+
+    score = ClipScore(clip_folder, prepare=centre)
+    torch.testing.assert_close(score.prepare(images), ClipScore(clip_folder).prepare(images[:, :, 4:-4, 4:-4]))
+    assert "centre, then crop" in str(score.conventions["image"])
+
+
+def test_conventions_name_all_five_choices(clip_folder, images):
+    score = ClipScore(clip_folder, prefix="a photo of ", scale=2.5, clamp="none")
+    conventions = score(images, random_captions(6, 4)).conventions
+    assert conventions == score.conventions
+    assert set(conventions) == {"model", "prefix", "scale", "clamp", "image"}
     assert conventions["model"] == clip_folder.name
     assert (conventions["prefix"], conventions["scale"], conventions["clamp"]) == ("a photo of ", 2.5, "none")
-    assert "32x32" in str(conventions["image"])
+    assert "squash to 32x32" in str(conventions["image"])
+    assert "crop to 32x32" in str(ClipScore(clip_folder, prepare="crop").conventions["image"])
+
+
+def test_the_error_covers_the_expected_score():
+    """200 draws of 100 cosines, some below the clamp: the expectation is that of the clamped cosine."""
+    generator = torch.Generator().manual_seed(0)
+    draws = 0.1 + 0.15 * torch.randn(200, 100, generator=generator)
+    many = (0.1 + 0.15 * torch.randn(10**6, generator=generator)).clamp(min=0)
+    expected = Score.of(100 * many).value
+    found = [reduce(cosines, scale=100, clamp="per_sample") for cosines in draws]
+    covered = sum(abs(f.value - expected) < 1.96 * f.se for f in found) / 200
+    assert 0.90 <= covered <= 0.98
 
 
 def test_wrong_arguments_are_refused(clip_folder, images, tmp_path):
@@ -94,6 +134,8 @@ def test_wrong_arguments_are_refused(clip_folder, images, tmp_path):
         ClipScore(tmp_path)
     with pytest.raises(ValueError, match="'per_sample', 'mean' or 'none'"):
         ClipScore(clip_folder, clamp="sometimes")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'squash', 'crop' or a function"):
+        ClipScore(clip_folder, prepare="stretch")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="6 images and 1 captions"):
         ClipScore(clip_folder).cosines(images, random_captions(1, 0))
     with pytest.raises(ValueError, match="without tokenizer"):

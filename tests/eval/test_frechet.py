@@ -99,6 +99,19 @@ def test_torchmetrics_agrees_on_the_same_features():
     assert ours.value == pytest.approx(metric.compute().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("package", ["torch_fidelity.metric_fid", "pytorch_fid.fid_score", "cleanfid.fid"])
+def test_other_packages_agree_on_the_same_features(package):
+    module = pytest.importorskip(package)
+    x, y = draw(300, torch.zeros(7).double(), spd(7, 8), 0), draw(400, torch.ones(7).double(), spd(7, 9), 1)
+    if package.startswith("torch_fidelity"):
+        a, b = ({"mu": f.numpy().mean(0), "sigma": np.cov(f.numpy(), rowvar=False)} for f in (x, y))
+        theirs = module.fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
+    else:
+        distance = getattr(module, "calculate_frechet_distance", None) or module.frechet_distance
+        theirs = distance(x.numpy().mean(0), np.cov(x.numpy(), rowvar=False), y.numpy().mean(0), np.cov(y.numpy(), rowvar=False))
+    assert frechet(Stats.of(x, extractor="x"), Stats.of(y, extractor="x")).value == pytest.approx(theirs, rel=1e-6)
+
+
 def test_a_dead_feature_gives_no_nan():
     a, b = vector(4, 1, 0.5), vector(1, 9, 0)  # the third feature never fires on the reference
     fd = frechet(law(torch.zeros(3), a.diag()), law(torch.zeros(3), b.diag()))
@@ -130,11 +143,32 @@ def test_standard_error_is_the_spread_of_repeated_draws(shift):
 
 
 def test_standard_error_in_closed_form():
-    cov = spd(3, 12)
-    shifted = frechet(law(vector(3, 0, 0), cov, n=100), law(torch.zeros(3), cov))
-    assert shifted.se == pytest.approx(2 * 3 * (cov[0, 0].item() / 100) ** 0.5, rel=1e-9)  # 2 |delta| sd / sqrt(n)
-    wider = frechet(law(vector(0), vector(4).diag(), n=100), law(vector(0), vector(1).diag()))
-    assert wider.se == pytest.approx((2 * (0.5 * 4) ** 2 / 100) ** 0.5, rel=1e-9)  # I - T = 1 - 1/2
+    """Of so many images that the noise of the map itself is nothing."""
+    cov, n = spd(3, 12), 10**11
+    shifted = frechet(law(vector(3, 0, 0), cov, n=n), law(torch.zeros(3), cov))
+    assert shifted.se == pytest.approx(2 * 3 * (cov[0, 0].item() / n) ** 0.5, rel=1e-9)  # 2 |delta| sd / sqrt(n)
+    wider = frechet(law(vector(0), vector(4).diag(), n=n), law(vector(0), vector(1).diag()))
+    assert wider.se == pytest.approx((2 * (0.5 * 4) ** 2 / n) ** 0.5, rel=1e-9)  # I - T = 1 - 1/2
+
+
+def test_standard_error_of_equal_laws_in_closed_form():
+    """In one dimension near the reference FD = |dm|^2 + (dS)^2 / (4 S): variances 2 S^2 and 2 (2 S^2)^2 / (16 S^2) over n^2."""
+    a = law(vector(0), vector(4).diag(), n=100)
+    assert frechet(a, a).se == pytest.approx((2 * 4**2 + 0.5 * 4**2) ** 0.5 / 100, rel=1e-9)
+
+
+@pytest.mark.parametrize(("shift", "sd"), [(0.0, 1.0), (0.0, 1.3), (0.4, 1.3)], ids=["equal", "wider", "far"])
+@pytest.mark.parametrize("given", [True, False], ids=["features", "moments"])
+def test_the_error_covers_the_expectation_at_this_n(shift, sd, given):
+    """n = 15 d, 200 draws; E FD_n from 2000 others. The population value is another one: FD is biased."""
+    d, n, reference = 16, 240, law(torch.zeros(16), torch.eye(16), n=10**6)
+
+    def sample(seed: int) -> Tensor:
+        return draw(n, torch.full((d,), shift).double(), sd**2 * torch.eye(d).double(), seed)
+
+    target = np.mean([frechet(Stats.of(sample(s), extractor="x"), reference, error=False).value for s in range(1000, 3000)])
+    found = [frechet(Stats.of(x, extractor="x"), reference, features=x if given else None) for x in map(sample, range(200))]
+    assert 0.90 <= np.mean([abs(f.value - target) < 1.96 * f.se for f in found]) <= 0.99
 
 
 def test_standard_error_without_features_is_that_of_a_gaussian():

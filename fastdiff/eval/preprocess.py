@@ -1,0 +1,181 @@
+"""From images in [0, 1] to what a feature network is fed: 8-bit rounding, crop, resize. Each published choice by its name.
+
+| name | resize | published by |
+|---|---|---|
+| ``clean`` | PIL bicubic, antialiased, each channel in float, clipped, not rounded again | clean-fid |
+| ``tf1`` | bilinear on the grid i * in / out, no antialias | TTUR, ADM, EDM (inside their graph), torch-fidelity |
+| ``pytorch-fid`` | bilinear on half-pixel centres, no antialias | pytorch-fid, clean-fid's ``legacy_pytorch`` |
+| ``lanczos256-centre`` | centre crop to the shorter side, PIL LANCZOS to 256 in 8 bits, ``clean`` | GigaGAN, DMD2, SwiftBrush |
+| ``pil-bicubic`` | PIL bicubic in 8 bits | dgm-eval, EDM2's ``pil`` path |
+| ``torch-bicubic`` | torch bicubic, antialiased, clipped | EDM2's ``torch`` path |
+| ``centre299`` | centre crop, no resize | DMD2's patch FID |
+| ``none`` | nothing | networks that take the images as they are |
+
+A filter, a grid or a truncation moves FD by more than most methods do, so all of it is in ``Preprocess.id``.
+(Parmar, Zhang, Zhu, "On aliased resizing and surprising subtleties in GAN evaluation", CVPR 2022, arXiv:2104.11222.)
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastdiff.errors import UserError
+
+Size = tuple[int, int]
+Rounding = Literal["round", "truncate", "none"]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """A named way from images to a network's input.
+
+    Args:
+        name: one of the table above; the number in ``lanczos256-centre`` and ``centre299`` is free.
+        rounding: how [0, 1] becomes 8 bits: ``"round"`` as a PNG holds it, ``"truncate"`` (half a level darker on average, as
+            ``(255 * x).to(uint8)`` does), ``"none"`` for floats that are never stored.
+
+    >>> Preprocess("clean")(images, (299, 299))            # levels in [0, 255], float32
+    """
+
+    name: str = "clean"
+    rounding: Rounding = "round"
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ("round", "truncate", "none"):
+            raise UserError(f"rounding is {self.rounding!r}: expected 'round', 'truncate' or 'none'.")
+        resizer(self.name)
+        if self.rounding == "none" and (self.name.startswith("lanczos") or self.name == "pil-bicubic"):
+            raise UserError(f"{self.name} resizes 8-bit images: rounding 'none' would be cut off silently. Take 'round'.")
+
+    @classmethod
+    def parse(cls, text: str) -> "Preprocess":
+        """The inverse of ``id``: ``"clean"`` or ``"clean:truncate"``."""
+        name, _, rounding = text.partition(":")
+        return cls(name, rounding or "round")  # type: ignore[arg-type]
+
+    @property
+    def id(self) -> str:
+        """The name, with the rounding where it is not ``"round"``."""
+        return self.name if self.rounding == "round" else f"{self.name}:{self.rounding}"
+
+    def __call__(self, images: Tensor, size: Size | None = None) -> Tensor:
+        """Levels [B, 3, h, w] in [0, 255] float32 of ``images`` [B, 3 or 1, H, W] in [0, 1]; ``size`` is that of the network."""
+        levels = quantise(checked(images), self.rounding)
+        return resizer(self.name)(levels, size or (levels.shape[2], levels.shape[3]))
+
+
+def checked(images: Tensor) -> Tensor:
+    """``images`` as float32 RGB [B, 3, H, W]; ``ValueError`` unless they are finite and in [0, 1]. One channel is repeated."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        why = " Composite the alpha channel on a background first." if images.ndim == 4 and images.shape[1] == 4 else ""
+        raise ValueError(f"images have shape {tuple(images.shape)}: expected [B, 3, H, W] or grey [B, 1, H, W].{why}")
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: expected floats in [0, 1]; divide 8-bit levels by 255.")
+    low, high = (v.item() for v in images.aminmax()) if images.numel() else (0.0, 0.0)
+    if not (low >= -1e-4 and high <= 1 + 1e-4):  # nan fails as well
+        raise ValueError(f"images lie in [{low:.3g}, {high:.3g}], not in [0, 1]: a wrong range shifts every feature.")
+    return images.float().clamp(0, 1).expand(-1, 3, -1, -1)
+
+
+def quantise(images: Tensor, rounding: Rounding = "round") -> Tensor:
+    """Levels in [0, 255] as float32 of images in [0, 1], whole numbers unless ``rounding`` is ``"none"``."""
+    levels = 255 * images
+    if rounding == "none":
+        return levels
+    if rounding == "round":
+        return levels.round()
+    return (levels + 1e-4).floor()  # an 8-bit level that went through x / 255 stays itself
+
+
+def clean(levels: Tensor, size: Size) -> Tensor:
+    """PIL bicubic of each channel in float, clipped to [0, 255]."""
+    if tuple(levels.shape[2:]) == size:
+        return levels
+    planes = levels.detach().cpu().flatten(0, 1).numpy()
+    resized = [np.asarray(Image.fromarray(plane).resize(size[::-1], Image.Resampling.BICUBIC)) for plane in planes]
+    return torch.from_numpy(np.stack(resized)).unflatten(0, (-1, 3)).clamp(0, 255).to(levels.device)
+
+
+def tf1(levels: Tensor, size: Size) -> Tensor:
+    """Bilinear at the source positions i * in / out of TensorFlow 1 (``align_corners=False``), without antialias."""
+    for axis, out in ((3, size[1]), (2, size[0])):  # along rows first, as the graph does
+        length = levels.shape[axis]
+        position = torch.arange(out, dtype=torch.float32) * torch.tensor(length / out, dtype=torch.float32)
+        low = position.long()
+        weight = (position - low).to(levels.device).view(-1, *(1,) * (3 - axis))
+        left = levels.index_select(axis, low.to(levels.device))
+        right = levels.index_select(axis, (low + 1).clamp(max=length - 1).to(levels.device))
+        levels = left + (right - left) * weight
+    return levels
+
+
+def pytorch_fid(levels: Tensor, size: Size) -> Tensor:
+    """Bilinear at half-pixel centres, without antialias."""
+    return F.interpolate(levels, size, mode="bilinear", align_corners=False, antialias=False)
+
+
+def torch_bicubic(levels: Tensor, size: Size) -> Tensor:
+    """Torch's antialiased bicubic, clipped to [0, 255]; on the device of ``levels``."""
+    return F.interpolate(levels, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
+
+
+def pil(levels: Tensor, size: Size, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
+    """PIL on 8-bit RGB images; the result is 8 bits as well."""
+    pictures = levels.detach().byte().permute(0, 2, 3, 1).cpu().numpy()
+    resized = [np.asarray(Image.fromarray(picture).resize(size[::-1], resample)) for picture in pictures]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float().to(levels.device)
+
+
+def centre_crop(levels: Tensor, size: Size) -> Tensor:
+    """The middle ``size`` of each image, where torchvision's ``center_crop`` puts it."""
+    (height, width), (h, w) = levels.shape[2:], size
+    if h > height or w > width:
+        raise ValueError(f"a crop of {h}x{w} does not fit into images of {height}x{width}: take larger images.")
+    top, left = round((height - h) / 2), round((width - w) / 2)
+    return levels[:, :, top : top + h, left : left + w]
+
+
+def resizer(name: str) -> Callable[[Tensor, Size], Tensor]:
+    """The function of a name in the module's table: levels [B, 3, H, W] and a size to levels of that size."""
+    if name in RESIZERS:
+        return RESIZERS[name]
+    if match := re.fullmatch(r"lanczos(\d+)-centre", name):
+        return partial(_lanczos_centre, side=int(match[1]))
+    if match := re.fullmatch(r"centre(\d+)", name):
+        return partial(_patch, side=int(match[1]))
+    raise UserError(f"no preprocess {name!r}: expected one of {', '.join(RESIZERS)}, lanczos256-centre, centre299.")
+
+
+def _lanczos_centre(levels: Tensor, size: Size, *, side: int) -> Tensor:
+    square = centre_crop(levels, (min(levels.shape[2:]),) * 2)
+    return clean(pil(square, (side, side), Image.Resampling.LANCZOS), size)
+
+
+def _patch(levels: Tensor, size: Size, *, side: int) -> Tensor:
+    if size not in ((side, side), tuple(levels.shape[2:])):
+        raise UserError(f"centre{side} crops without resize, but the network takes {size[0]}x{size[1]}: take centre{size[0]}.")
+    return centre_crop(levels, (side, side))
+
+
+def _none(levels: Tensor, size: Size) -> Tensor:
+    if tuple(levels.shape[2:]) != size:
+        raise UserError(f"images are {levels.shape[2]}x{levels.shape[3]} and the network takes {size[0]}x{size[1]}: name a resize.")
+    return levels
+
+
+RESIZERS: dict[str, Callable[[Tensor, Size], Tensor]] = {
+    "clean": clean,
+    "tf1": tf1,
+    "pytorch-fid": pytorch_fid,
+    "pil-bicubic": pil,
+    "torch-bicubic": torch_bicubic,
+    "none": _none,
+}

@@ -1,0 +1,120 @@
+"""What is wrong with a set before it is scored: every gate names what it saw and which number it would falsify.
+
+``image_gates``, ``feature_gates`` and ``file_gates`` return findings; ``enforce`` raises on those that make a score impossible and
+returns the rest as warnings, which belong beside the score.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fastdiff.eval.duplicates import duplicates
+
+MANY = 10_000
+"""Below this many images FD is dominated by its bias c / n in published protocols (at d = 2048)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One gate that did not pass: its name, how many images it concerns, one sentence, and whether scoring must stop."""
+
+    gate: str
+    count: int
+    message: str
+    refuse: bool = False
+
+
+def image_gates(images: Tensor, *, size: tuple[int, int] | None = None, duplicate_share: float = 0.01) -> list[Finding]:
+    """Findings on ``images`` [N, 3, H, W] that should be finite, in [0, 1] and different.
+
+    Args:
+        size: height and width that the protocol asks for.
+        duplicate_share: of perceptual duplicates that is still no finding.
+    """
+    if len(images) < 2:
+        return [_few(len(images))]
+    flat = images.flatten(1)
+    broken = ~flat.isfinite().all(dim=1)
+    found = []
+    if count := int(broken.sum()):
+        found.append(Finding("nan", count, f"{count} of {len(images)} images are not finite: drop them, or no statistic is."))
+    if size is not None and tuple(images.shape[2:]) != size:
+        seen = f"{images.shape[2]}x{images.shape[3]}"
+        found.append(
+            Finding("size", len(images), f"images are {seen}, the protocol's {size[0]}x{size[1]}: another resize, another score.")
+        )
+    finite, whole = flat[~broken], images[~broken]
+    return found + (_pixel_gates(finite, whole, duplicate_share) if len(finite) else [])
+
+
+def _pixel_gates(flat: Tensor, images: Tensor, duplicate_share: float) -> list[Finding]:
+    found, n = [], len(flat)
+    low, high = flat.min().item(), flat.max().item()
+    outside = int(((flat < -1e-4) | (flat > 1 + 1e-4)).any(dim=1).sum())
+    if outside:
+        message = f"{outside} of {n} images leave [0, 1] (min {low:.3g}, max {high:.3g}): a missing (x + 1) / 2 or / 255."
+        found.append(Finding("range", outside, message))
+    pixels = images.flatten(2)
+    constant = int((pixels.amax(dim=2) - pixels.amin(dim=2) < 1 / 512).all(dim=1).sum())
+    if constant:
+        found.append(
+            Finding("constant", constant, f"{constant} of {n} images are of one colour: a dead decoder or a safety checker.")
+        )
+    if n > 1 and (flat == flat[0]).all():
+        found.append(
+            Finding("identical", n, f"all {n} images are identical: one seed for all, or a generator that ignores its noise.")
+        )
+    elif (count := duplicates(images)) > duplicate_share * n:
+        found.append(
+            Finding("duplicates", count, f"{count} of {n} images look like an earlier one ({count / n:.1%}): mode collapse?")
+        )
+    return found
+
+
+def feature_gates(features: Tensor) -> list[Finding]:
+    """Findings on ``features`` [n, d]: less than two rows, less rows than columns, few rows, rows that are not finite."""
+    n, d = features.shape
+    if n < 2:
+        return [_few(n)]
+    found = []
+    if n <= d + 1:
+        found.append(
+            Finding("rank", n, f"{n} images for {d} features: the covariance is singular and FD mostly bias; see KID, FD_inf.")
+        )
+    if n < MANY:
+        found.append(Finding("bias", n, f"{n} images, less than {MANY}: FD is biased by c / n, compare at equal n only."))
+    if count := int((~features.isfinite().all(dim=1)).sum()):
+        found.append(Finding("nan", count, f"{count} of {n} feature rows are not finite: drop those images, or no statistic is."))
+    return found
+
+
+def file_gates(paths: Iterable[str | Path]) -> list[Finding]:
+    """Findings on image files by their first bytes: JPEG has lost what the features see, whatever the file is called."""
+    files = [Path(path) for path in paths]
+    count = sum(_starts_as_jpeg(file) for file in files)
+    if not count:
+        return []
+    return [
+        Finding(
+            "jpeg", count, f"{count} of {len(files)} files are JPEG: their artefacts move FD; compare with JPEG references only."
+        )
+    ]
+
+
+def enforce(findings: Sequence[Finding]) -> list[str]:
+    """The messages of all findings; ``ValueError`` with those that refuse a score."""
+    refused = [f.message for f in findings if f.refuse]
+    if refused:
+        raise ValueError(" ".join(refused))
+    return [f.message for f in findings]
+
+
+def _few(n: int) -> Finding:
+    return Finding("n", n, f"{n} images: a spread needs two or more.", refuse=True)
+
+
+def _starts_as_jpeg(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(3) == b"\xff\xd8\xff"

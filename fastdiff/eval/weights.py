@@ -1,0 +1,135 @@
+"""Where the weights of a feature network are: an explicit path, ``FASTDIFF_WEIGHTS``, the library's cache, a download.
+
+Nothing is downloaded unless ``allow_download=True`` is passed, and nothing that has a published SHA-256 is loaded with
+another one: a truncated or replaced file would give features that look like features.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from fastdiff.errors import UserError
+from fastdiff.files import aside
+
+FOLDER = "FASTDIFF_WEIGHTS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFile:
+    """A published file: the names it goes by, where it comes from, its size and its SHA-256 (empty where none is published)."""
+
+    names: tuple[str, ...]
+    url: str
+    size: str
+    sha256: tuple[str, ...] = ()
+
+    def find(self, path: str | Path | None = None, *, allow_download: bool = False, verify: bool = True) -> tuple[Path, bool]:
+        """The file, and whether it is the published one.
+
+        Args:
+            path: looked at first and alone; a folder is searched for ``names``.
+            allow_download: fetch it into torch's cache when it is nowhere.
+            verify: False takes any file at ``path``; its features are then nobody else's.
+
+        Raises:
+            UserError: it is nowhere, or its SHA-256 is another than the published.
+        """
+        looked = []
+        for candidate in self._candidates(path):
+            looked.append(candidate)
+            if candidate.is_file():
+                return candidate, self._published(candidate, required=verify or path is None)
+        if path is None and allow_download:
+            return self._download(), bool(self.sha256)
+        digest = f", SHA-256 {self.sha256[0]}" if self.sha256 else ""
+        raise UserError(
+            f"{self.names[0]} ({self.size}{digest}) is needed and not there. Looked for: {', '.join(map(str, looked))}. Get it "
+            f"from {self.url} and pass weights=PATH or put it into the folder that {FOLDER} names; allow_download=True fetches it."
+        )
+
+    def _candidates(self, path: str | Path | None) -> Iterator[Path]:
+        if path is not None:
+            given = Path(path).expanduser()
+            yield from (given / name for name in self.names) if given.is_dir() else (given,)
+            return
+        for folder in (os.environ.get(FOLDER), _torch_cache()):
+            if folder:
+                yield from (Path(folder).expanduser() / name for name in self.names)
+
+    def _published(self, file: Path, *, required: bool) -> bool:
+        if not self.sha256:
+            return False
+        found = sha256(file)
+        if found not in self.sha256 and required:
+            raise UserError(
+                f"{file} has SHA-256 {found}, but the published file has {' or '.join(self.sha256)}: it is truncated or another "
+                "network. Fetch it again, or pass verify=False to use it under its own name."
+            )
+        return found in self.sha256
+
+    def _download(self) -> Path:
+        import torch
+
+        target = _torch_cache() / self.names[0]
+        with aside(target) as part:
+            torch.hub.download_url_to_file(self.url, str(part))
+            self._published(part, required=True)
+        return target
+
+
+def find_folder(name: str, path: str | Path | None = None, *, allow_download: bool = False) -> Path:
+    """The folder of a Hugging Face model: ``path``, ``FASTDIFF_WEIGHTS``/``name``, the hub's cache, a download.
+
+    ``UserError`` when it is nowhere.
+    """
+    looked = [Path(path).expanduser()] if path is not None else [Path(name).expanduser()]
+    if path is None and (folder := os.environ.get(FOLDER)):
+        looked += [Path(folder) / name, Path(folder) / name.split("/")[-1]]
+    for candidate in looked:
+        if candidate.is_dir():
+            return candidate
+    if path is None:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, local_files_only=not allow_download))
+        except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
+            looked.append(Path("the Hugging Face cache"))
+    raise UserError(
+        f"the model folder {name!r} is needed and not there. Looked for: {', '.join(map(str, looked))}. Get it from "
+        f"https://huggingface.co/{name} and pass weights=FOLDER or put it into the folder that {FOLDER} names; "
+        "allow_download=True fetches it."
+    )
+
+
+def sha256(file: str | Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def state_digest(network: nn.Module) -> str:
+    """First eight hex digits of the SHA-256 of a network's weights, whatever file they came from.
+
+    Batch norm's count of batches is left out: it moves no feature, and some files have it.
+    """
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        if key.endswith("num_batches_tracked"):
+            continue
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def _torch_cache() -> Path:
+    import torch
+
+    return Path(torch.hub.get_dir()) / "checkpoints"

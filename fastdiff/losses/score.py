@@ -26,12 +26,13 @@ from torch import Tensor
 from fastdiff.losses.divergences import f_generator
 from fastdiff.losses.precision import widened
 from fastdiff.losses.regression import pseudo_huber, squared_error
-from fastdiff.losses.shapes import rows
+from fastdiff.losses.shapes import coefficient, rows
 
 
 def score_distillation_gradient(eps_real: Tensor, eps: Tensor, *, weight: Tensor | float = 1.0) -> Tensor:
-    """SDS: ``weight (eps_real - eps)`` [B, ...]; ``weight`` broadcasts, usually sigma(t)^2."""
-    return weight * (widened(eps_real) - widened(eps))
+    """SDS: ``weight (eps_real - eps)`` [B, ...]; ``weight`` is a number or one a sample, [B] or [B, 1, ...], usually sigma(t)^2."""
+    difference = widened(eps_real) - widened(eps)
+    return coefficient(weight, difference) * difference
 
 
 def variational_score_gradient(eps_real: Tensor, eps_fake: Tensor, *, weight: Tensor | float = 1.0) -> Tensor:
@@ -46,8 +47,7 @@ def distribution_matching_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor, 
     sample that the teacher reproduces exactly from dividing by zero.
     """
     x, x0_real, x0_fake = widened(x), widened(x0_real), widened(x0_fake)
-    distance = (x - x0_real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
-    return (x0_fake - x0_real) / distance.clamp_min(floor)
+    return (x0_fake - x0_real) / _distance(x, x0_real, floor)
 
 
 def pseudo_target(x: Tensor, gradient: Tensor) -> Tensor:
@@ -67,7 +67,8 @@ def denoising(prediction: Tensor, target: Tensor, *, weight: Tensor | float = 1.
 
     The error in one parametrisation is a weight times that in another: ``|x0' - x0|^2 = (s/a)^2 |eps' - eps|^2``.
     """
-    return weight * squared_error(prediction, target)
+    error = squared_error(prediction, target)
+    return coefficient(weight, error) * error
 
 
 def score_identity(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, alpha: float = 1.0, floor: float = 1e-6) -> Tensor:

@@ -51,9 +51,24 @@ class Teacher:
                 f"{name} predicts epsilon and its last time has no signal (zero-terminal SNR): x0 = (x - s eps) / 0 there. "
                 "Such a scheduler belongs to a v-prediction teacher; set rescale_betas_zero_snr to false or prediction_type right."
             )
+        if law is not None:
+            self._check(law)
         self._null: tuple[Any, Any] = (None, None)
         network = self.family.network(self.family.backbone)
         self.denoiser = LawDenoiser(law) if law is not None else Denoiser(network, self.process, self.prediction_type)
+
+    def _check(self, law: Law) -> None:
+        ends = torch.tensor([self.process.t_min, self.process.t_max])
+        ends = ends.long() if isinstance(self.process, DiscreteVP) else ends
+        same = type(law.process) is type(self.process) and law.process.t_max == self.process.t_max
+        if not same or not torch.equal(law.process.sigma(ends), self.process.sigma(ends)):
+            raise UserError(
+                f"the law of {self.name} is under another process than the teacher: times would mean different noise. "
+                "Pass law.under(process)."
+            )
+        shape = getattr(law, "shape", self.latent_shape)
+        if tuple(shape) != self.latent_shape:
+            raise UserError(f"the law of {self.name} has samples of shape {tuple(shape)}, the teacher {self.latent_shape}.")
 
     @classmethod
     def from_module(
@@ -71,12 +86,12 @@ class Teacher:
         """A network of your own, called ``module(x_t, network_time, cond)``.
 
         Args:
-            module: puts out a tensor like x_t [B, *shape].
+            module: puts out a tensor like x_t [B, *shape]; it is frozen and put into eval mode as it stands.
             process: what x_t is made by; ``network_time`` is its ``process.network_time(t)``.
             prediction_type: one of ``fastdiff.diffusion.prediction.PREDICTION_TYPES``.
             shape: of one sample.
             prompts: what to train on; class labels as text unless ``encode`` is given.
-            law: a closed form that answers for the teacher; ``module`` then only starts the students.
+            law: a closed form that answers for the teacher; ``module`` then only starts the students. Same process and shape.
             options: ``encode`` (prompts to a condition), ``decode`` (samples to images), ``lora_targets`` (all linear layers),
                 ``call(module, x_t, network_time, cond)``.
         """

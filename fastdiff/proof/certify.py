@@ -91,7 +91,8 @@ def _certify(method: Method, law: str, trial: Trial, seed: int) -> list[Row]:
             save_every=trial.max_steps,
             log_every=max(trial.max_steps // 20, 1),
         )
-        network = Trainer(method, oracle, config=config).train()
+        network = Trainer(method, oracle, config=config).train().cpu()
+        oracle.family.to("cpu")  # wherever it was trained, laws and draws are there
     student = Denoiser(oracle.family.network(network), oracle.process, oracle.prediction_type)
     generator = generator_for(seed, "certificate", law)
     n = LAWS[law].samples
@@ -141,6 +142,29 @@ def _mode_mass(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
     return ((masses(law, drawn) - law.weights).abs() / law.weights).max().item()
 
 
+def _stray(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
+    """The share of samples in no mode."""
+    return 1 - masses(law, drawn).sum().item()
+
+
+def _mode_spread(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
+    """The largest relative error of a mode's standard deviation, of its samples within 4 deviations; a mode without any is 1."""
+    samples, deviations = drawn.samples.flatten(1).double(), law.variances.sqrt()
+    distance, mode = (torch.cdist(samples, law.means) / deviations).min(dim=1)
+    errors = []
+    for k in range(len(law.means)):
+        own = samples[(mode == k) & (distance < 4)]
+        errors.append(1.0 if len(own) < 3 else abs(own.var(dim=0).mean().sqrt().item() / deviations[k].item() - 1))
+    return max(errors)
+
+
+def _axes(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
+    """The largest ``|eigenvalue of C^-1/2 S C^-1/2 - 1|``: a direction without any variance is 1, however small it is."""
+    factor = torch.linalg.cholesky(law.moments()[1])
+    white = torch.linalg.solve_triangular(factor, drawn.samples.flatten(1).double().T, upper=False)
+    return (torch.linalg.eigvalsh(torch.cov(white)) - 1).abs().max().item()
+
+
 def _flow_map(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
     """Root mean square distance to the exact end of each noise's own trajectory, in units of the law's deviation."""
     n = min(len(drawn.noise), 1000)
@@ -157,6 +181,9 @@ METRICS: dict[str, Callable[[GaussianMixture, Drawn, Tensor], float]] = {
     "sliced_w2": _sliced_w2,
     "w2": _w2,
     "covariance": _covariance,
+    "axes": _axes,
     "mode_mass": _mode_mass,
+    "mode_spread": _mode_spread,
+    "stray": _stray,
     "flow_map": _flow_map,
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from fastdiff.diffusion.process import DiscreteVP
 from fastdiff.errors import UserError
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import check_exportable
@@ -12,7 +13,12 @@ from fastdiff.trainers.method import Method
 
 def checks(method: Method, teacher: Teacher) -> list[Callable[[], None]]:
     """What method and teacher must pass together; each raises a UserError that says why it does not."""
-    return [lambda: check_precision(teacher), lambda: check_exportable(teacher), lambda: method.validate(teacher)]
+    return [
+        lambda: check_precision(teacher),
+        lambda: check_times(teacher),
+        lambda: check_exportable(teacher),
+        lambda: method.validate(teacher),
+    ]
 
 
 def check_precision(teacher: Teacher) -> None:
@@ -21,6 +27,15 @@ def check_precision(teacher: Teacher) -> None:
         raise UserError(
             f"the teacher {teacher.name} is loaded in half precision: small steps on such weights round to nothing. "
             "Load it in float32 and pass mixed_precision='bf16'."
+        )
+
+
+def check_times(teacher: Teacher) -> None:
+    """Refuse a process without integer times, which no method here can train under yet."""
+    if not isinstance(teacher.process, DiscreteVP):
+        raise UserError(
+            f"{teacher.name} runs under {type(teacher.process).__name__}: the methods so far start at an integer time from noise of "
+            "unit size and would call it at the wrong times. View it as DiscreteVP (fastdiff.diffusion.SNRMatched)."
         )
 
 

@@ -463,3 +463,18 @@ def test_the_later_losses_ignore_other_samples() -> None:
     for loss in (score_identity, trajectory_matching):
         assert torch.equal(loss(x, real, fake)[order], loss(x[order], real[order], fake[order]))
     assert torch.equal(trajectory_importance(x, real)[order], trajectory_importance(x[order], real[order]))
+
+
+def test_one_weight_a_sample_meets_its_sample_also_where_batch_and_width_are_equal() -> None:
+    """Matched from the right, [B] would weight columns without an error whenever B equals the last axis; float64 would widen."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(8, 3, 8, 8, generator=generator) for _ in range(2))
+    weight = torch.arange(8, dtype=torch.float64)
+    for function, plain in (
+        (denoising, (a - b).square()),
+        (score_distillation_gradient, a - b),
+        (variational_score_gradient, a - b),
+    ):
+        got = function(a, b, weight=weight)
+        assert got.dtype == torch.float32
+        assert torch.equal(got, weight.float().reshape(8, 1, 1, 1) * plain)

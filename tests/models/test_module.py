@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import Teacher, Trainer
-from fastdiff.diffusion import DiscreteVP, GaussianMixture, Prediction, RectifiedFlow
+from fastdiff.diffusion import EDM, DiscreteVP, GaussianMixture, NoiseProcess, Prediction, RectifiedFlow, TrigFlow
+from fastdiff.errors import UserError
 from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.roles import Role, Roles
 from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush
@@ -107,8 +108,23 @@ def test_the_whole_run_returns_the_reloadable_student(method: object, tmp_path: 
 
 
 def test_a_gan_on_a_network_without_bottleneck_is_refused_before_training(tmp_path: Path) -> None:
-    from fastdiff.errors import UserError
-
     teacher = Teacher.from_module(mlp(), DiscreteVP(TABLE), "v_prediction", shape=(2,))
     with pytest.raises(UserError, match="bottleneck"):
         Trainer(DMD2(gan_weight=1e-3), teacher, output_dir=tmp_path, max_steps=3).train()
+
+
+@pytest.mark.parametrize("process", [EDM(), RectifiedFlow(), TrigFlow()], ids=lambda p: type(p).__name__)
+def test_a_process_without_integer_times_is_refused_before_training(process: NoiseProcess, tmp_path: Path) -> None:
+    """ODE pairs once trained on nan, or on the wrong times, and exported without a word."""
+    law = GaussianMixture.ring(process)
+    teacher = Teacher.from_module(mlp(), process, "sample", shape=(2,), law=law)
+    with pytest.raises(UserError, match=type(process).__name__):
+        Trainer(ODEPairs(pairs=8, pair_steps=2), teacher, output_dir=tmp_path, max_steps=3)
+
+
+def test_a_law_of_another_process_or_shape_is_refused() -> None:
+    law = GaussianMixture.ring(EDM())
+    with pytest.raises(UserError, match=r"law\.under"):
+        Teacher.from_module(mlp(), DiscreteVP(TABLE), "sample", shape=(2,), law=law)
+    with pytest.raises(UserError, match="shape"):
+        Teacher.from_module(mlp(), DiscreteVP(TABLE), "sample", shape=(3,), law=law.under(DiscreteVP(TABLE)))

@@ -48,9 +48,17 @@ class DMD2(PairedMethod):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.5}, max_steps=6000),
-        "gaussian": Trial(fields=_TRIAL, bounds={"w2": 0.9, "covariance": 0.15}, max_steps=6000),
-        "classes": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.95}, max_steps=6000),
+        "ring": Trial(
+            fields=_TRIAL,
+            bounds={"sliced_w2": 0.2, "mode_mass": 0.4, "mode_spread": 0.6, "stray": 0.25},
+            max_steps=6000,
+        ),
+        "gaussian": Trial(fields=_TRIAL, bounds={"w2": 0.6, "axes": 0.95}, max_steps=6000),
+        "classes": Trial(
+            fields=_TRIAL,
+            bounds={"sliced_w2": 0.25, "mode_mass": 0.8, "mode_spread": 0.9, "stray": 0.2},
+            max_steps=6000,
+        ),
     }
 
     guidance_scale: float = 1.75

@@ -33,9 +33,17 @@ class ODEPairs(PairedMethod):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 0.1, "sliced_w2": 0.15, "mode_mass": 0.2}, max_steps=1500),
-        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 0.1, "w2": 0.5, "covariance": 0.12}, max_steps=1500),
-        "classes": Trial(fields=_TRIAL, bounds={"flow_map": 0.1, "sliced_w2": 0.2, "mode_mass": 0.4}, max_steps=2000),
+        "ring": Trial(
+            fields=_TRIAL,
+            bounds={"flow_map": 0.1, "sliced_w2": 0.15, "mode_mass": 0.2, "mode_spread": 0.4, "stray": 0.08},
+            max_steps=1500,
+        ),
+        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 0.1, "w2": 0.5, "axes": 0.4}, max_steps=1500),
+        "classes": Trial(
+            fields=_TRIAL,
+            bounds={"flow_map": 0.1, "sliced_w2": 0.2, "mode_mass": 0.4, "mode_spread": 0.6, "stray": 0.05},
+            max_steps=2000,
+        ),
     }
 
     def roles(self) -> dict[str, Role]:

@@ -41,9 +41,9 @@ class SwiftBrush(PairedMethod):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.5}, max_steps=4000),
+        "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.2, "mode_mass": 0.45, "stray": 0.35}, max_steps=4000),
         "gaussian": Trial(fields=_TRIAL, bounds={"w2": 0.9, "covariance": 0.15}, max_steps=4000),
-        "classes": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.95}, max_steps=4000),
+        "classes": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.95, "stray": 0.35}, max_steps=4000),
     }
 
     guidance_scale: float = 4.5

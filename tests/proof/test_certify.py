@@ -40,6 +40,36 @@ def test_a_lost_mode_is_an_error_of_one_and_labels_are_drawn_as_the_law_has_them
     assert METRICS["mode_mass"](law, Drawn(moved, given.labels, given.noise), reference) == pytest.approx(1.0)
 
 
+def spoilt(name: str, defect: str) -> tuple[Drawn, torch.Tensor]:
+    """Exact samples with one thing wrong that a picture would hardly show."""
+    given, reference = drawn(name, n=8000)
+    law, x = exact(name), given.samples.double()
+    if defect == "modes are points":
+        x = law.means[law.mode_of(x)]
+    elif defect == "15 % junk":
+        x = torch.where((torch.arange(len(x)) % 20 < 3)[:, None], given.noise.double(), x)
+    elif defect == "half of a mode moved":
+        move = (law.mode_of(x) == 0) & (torch.arange(len(x)) % 2 == 0)
+        x = torch.where(move[:, None], x - law.means[0] + law.means[1], x)
+    else:  # the four narrowest of sixteen directions are flat
+        flat = law.basis[0][:, :4]
+        x = x - (x - law.means[0]) @ flat @ flat.T
+    return Drawn(x, given.labels, given.noise), reference
+
+
+@pytest.mark.parametrize(
+    ("name", "defect"),
+    [("ring", "modes are points"), ("ring", "15 % junk"), ("ring", "half of a mode moved"), ("gaussian", "four flat directions")],
+)
+def test_a_spoilt_law_misses_a_shipped_bound(name: str, defect: str) -> None:
+    """Distances alone pass all of these."""
+    given, reference = spoilt(name, defect)
+    law, bounds = exact(name), {k: v for k, v in ODEPairs.trials[name].bounds.items() if k != "flow_map"}
+    fresh = Drawn(reference, given.labels, given.noise)
+    assert all(METRICS[metric](law, fresh, drawn(name, n=8000, seed=1)[1]) <= bound for metric, bound in bounds.items())
+    assert any(METRICS[metric](law, given, reference) > bound for metric, bound in bounds.items())
+
+
 def test_sliced_w2_looks_within_each_class() -> None:
     """Samples of the right mixture under the wrong labels are not the conditional law."""
     given, reference = drawn("classes")

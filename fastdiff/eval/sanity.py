@@ -79,7 +79,7 @@ def feature_gates(features: Tensor) -> list[Finding]:
     if n < 2:
         return [_few(n)]
     found = []
-    if n <= d + 1:
+    if n < d:
         found.append(
             Finding("rank", n, f"{n} images for {d} features: the covariance is singular and FD mostly bias; see KID, FD_inf.")
         )

@@ -34,8 +34,8 @@ def check_times(teacher: Teacher) -> None:
     """Refuse a process without integer times, which no method here can train under yet."""
     if not isinstance(teacher.process, DiscreteVP):
         raise UserError(
-            f"{teacher.name} runs under {type(teacher.process).__name__}: the methods so far start at an integer time from noise of "
-            "unit size and would call it at the wrong times. View it as DiscreteVP (fastdiff.diffusion.SNRMatched)."
+            f"{teacher.name} runs under {type(teacher.process).__name__}: the methods so far start at an integer time from noise "
+            "of unit size and would call it at the wrong times. View it as DiscreteVP (fastdiff.diffusion.SNRMatched)."
         )
 
 

@@ -62,8 +62,8 @@ def test_a_training_image_that_occurs_twice_does_not_hide_its_copy():
 
 
 def test_ratio_of_equal_distances():
-    rows = torch.tensor([[0.0, 0.0, 2.0], [1.0, 1.0, 4.0], [1.0, 2.0, 2.0], [3.0, 3.0, 3.0]]).double()
-    assert lone_ratio(rows).tolist() == [0, 0.25, 0.5, 1]
+    rows = [[0.0, 0, 2], [0, 0, 0], [1, 1, 4], [1, 1 + 1e-9, 4], [1, 2, 2], [3, 3, 3]]
+    assert lone_ratio(torch.tensor(rows, dtype=torch.float64)).tolist() == [0, 0, 0.25, 0.25, 0.5, 1]
 
 
 def test_one_training_image_has_no_second_neighbour():

@@ -54,6 +54,7 @@ def test_the_same_shape_in_another_colour_is_no_twin():
 def test_flat_images_of_one_colour_are_twins_and_have_no_bits_of_round_off():
     flat = torch.tensor([0.3, 0.3, 0.7])[:, None, None, None].expand(3, 3, 40, 40)
     assert twins(flat).tolist() == [-1, 0, -1]
+    assert (perceptual_hash(flat).sum(dim=1) == 1).all()  # the mean
 
 
 def test_good_images_pass_every_gate():

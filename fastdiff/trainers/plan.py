@@ -24,7 +24,7 @@ from fastdiff.diffusion.process import NoiseProcess
 from fastdiff.errors import UserError
 from fastdiff.models.roles import Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.pipelines.export import exported_scheduler
+from fastdiff.pipelines.export import check_exportable, exported_scheduler
 from fastdiff.trainers.checks import check_folder, checks
 from fastdiff.trainers.config import Config
 from fastdiff.trainers.draws import Draws
@@ -191,7 +191,7 @@ def plan(
     kinds = Counter(run[: config.max_steps])
     samples = config.batch_size * config.accumulation * gpus
     total = _sum((method.calls(kind), count) for kind, count in kinds.items())
-    export = _export(teacher) if not _refusal(checks(method, teacher)[1]) else {}
+    export = _export(teacher) if not _refusal(lambda: check_exportable(teacher)) else {}
     return Plan(
         method=method.name(),
         teacher=teacher.name,

@@ -1,6 +1,6 @@
 """Stored ODE pairs: noise and what the teacher's deterministic sampler makes of it, from prompts alone.
 
-``x0 = DDIM(noise, prompt)`` with guidance, on the trailing grid. A file holds the tensors and, in its header, the settings
+``x0 = solver(noise, prompt)`` with guidance, DDIM or DPM-Solver++(2M), on the trailing grid. A file holds the tensors and, in its header, the settings
 they were made with: a file made with other settings, or by another teacher, is never reused.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdiff.data.prompts import PromptTable, cycled
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.diffusion.solvers import ddim_sample, trailing_times
+from fastdiff.diffusion.solvers import SOLVERS, trailing_times
 from fastdiff.errors import UserError
 from fastdiff.files import aside
 from fastdiff.models.condition import repeat
@@ -77,10 +77,11 @@ def make_pairs(
     num_inference_steps: int,
     guidance_scale: float,
     seed: int,
+    solver: str = "ddim",
     batch_size: int = 256,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Pairs:
-    """``n`` pairs; prompts come in shuffled rounds. ``progress`` is told how many were made since it was last called."""
+    """``n`` pairs by a solver of ``SOLVERS``; prompts come in shuffled rounds. ``progress`` is told how many were made since it was last called."""
     generator = torch.Generator().manual_seed(seed)
     index = cycled(len(prompts), n, generator)
     noise = torch.randn(n, *teacher.latent_shape, generator=generator)
@@ -92,6 +93,6 @@ def make_pairs(
         def denoise(x: Tensor, t: Tensor, cond: Any = cond, null: Any = null) -> Prediction:
             return teacher.denoiser.guided(x, t, cond, null, guidance_scale)
 
-        results.append(ddim_sample(denoise, z.to(teacher.device), times).float().cpu())
+        results.append(SOLVERS[solver](denoise, z.to(teacher.device), times).float().cpu())
         progress(len(part))
     return Pairs(noise, torch.cat(results), index)

@@ -130,6 +130,10 @@ def dpmpp_2m_sample(denoise: Denoise, noise: Tensor, times: Times) -> Tensor:
     return sample(denoise, noise, times, step)
 
 
+#: Whole trajectories by name: what a method's option chooses from.
+SOLVERS: dict[str, Callable[[Denoise, Tensor, Times], Tensor]] = {"ddim": ddim_sample, "dpmpp_2m": dpmpp_2m_sample}
+
+
 def trailing_times(num_train_timesteps: int, num_steps: int) -> list[int]:
     """diffusers' trailing grid: ``round(T - k T / n) - 1`` for k = 0..n-1, so the first time is always T - 1.
 

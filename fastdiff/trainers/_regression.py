@@ -9,10 +9,12 @@ its one-step student. The pseudo-Huber distance on latents is this library's cho
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from fastdiff.data.pairs import Pairs, make_pairs
+from fastdiff.diffusion.solvers import SOLVERS
 from fastdiff.errors import UserError
 from fastdiff.losses import pseudo_huber, reduce
 from fastdiff.models.roles import Roles
@@ -30,6 +32,8 @@ class PairedMethod(Method):
     """Number of stored ODE pairs."""
     pair_steps: int = 8
     """Teacher steps that make a pair."""
+    pair_solver: Literal["ddim", "dpmpp_2m"] = "ddim"
+    """How the teacher makes a pair: DDIM, or DPM-Solver++(2M), of second order at the same cost."""
     pair_guidance_scale: float = 3.0
     """Guidance of the teacher that makes the pairs; 1 is off."""
     regression_lr: float = 1e-3
@@ -41,6 +45,8 @@ class PairedMethod(Method):
         for name in ("pairs", "pair_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.pair_solver not in SOLVERS:
+            raise UserError(f"pair_solver is {self.pair_solver!r}: expected {' or '.join(SOLVERS)}.")
         for name in ("huber_c", "regression_lr"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be above 0.")
@@ -89,6 +95,7 @@ def load_or_make_pairs(method: PairedMethod, preparation: Preparation) -> Pairs:
         "prompts": preparation.prompts.hash(),
         "n": share,
         "steps": method.pair_steps,
+        "solver": method.pair_solver,
         "guidance_scale": method.pair_guidance_scale,
         "seed": [preparation.seed, preparation.rank],
     }
@@ -100,6 +107,7 @@ def load_or_make_pairs(method: PairedMethod, preparation: Preparation) -> Pairs:
             preparation.prompts,
             n=share,
             num_inference_steps=method.pair_steps,
+            solver=method.pair_solver,
             guidance_scale=method.pair_guidance_scale,
             seed=preparation.seed * 1_000_003 + preparation.rank,
             progress=preparation.progress("making pairs", share),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from tiny import tiny_pipeline, tiny_teacher
 
 from fastdiff.data.pairs import Pairs, make_pairs
@@ -46,6 +46,21 @@ def test_x0_is_what_the_stock_pipeline_makes_of_the_same_noise(prediction_type: 
     ).images
     assert (pairs.x0 - want).norm() < 1e-5 * want.norm()
     assert not torch.allclose(pairs.x0, pairs.noise, rtol=0.1)
+
+
+def test_a_second_order_pair_is_nearer_to_the_limit_of_many_steps_and_is_diffusers_own() -> None:
+    teacher = tiny_teacher()
+    limit = made(teacher, num_inference_steps=200).x0
+    first, second = (made(teacher, num_inference_steps=10, solver=solver).x0 for solver in ("ddim", "dpmpp_2m"))
+    assert (second - limit).norm() < 0.5 * (first - limit).norm()
+    pairs = made(teacher, num_inference_steps=10, solver="dpmpp_2m")
+    stock = tiny_pipeline()
+    options = {"timestep_spacing": "trailing", "lower_order_final": True, "final_sigmas_type": "zero", "steps_offset": 0}
+    stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config, **options)
+    want = stock(
+        [PROMPTS[i] for i in pairs.prompt], latents=pairs.noise, num_inference_steps=10, guidance_scale=3.0, output_type="latent"
+    ).images
+    assert (pairs.x0 - want).norm() < 1e-4 * want.norm()
 
 
 def test_same_seed_same_pairs_whatever_the_batch() -> None:
@@ -127,7 +142,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def prepared(folder: Path, teacher: Teacher, made: list[str], **options: object) -> Pairs:
-    method_options = {k: options.pop(k) for k in ("pair_steps", "pair_guidance_scale") if k in options}
+    method_options = {k: options.pop(k) for k in ("pair_steps", "pair_solver", "pair_guidance_scale") if k in options}
     prompts = options.pop("prompts", PROMPTS)
 
     def progress(label: str, total: int) -> object:
@@ -136,7 +151,7 @@ def prepared(folder: Path, teacher: Teacher, made: list[str], **options: object)
 
     given = {"seed": 0, "rank": 0, "world_size": 1, **options}
     preparation = Preparation(teacher=teacher, prompts=PromptTable(prompts, teacher), folder=folder, progress=progress, **given)
-    return load_or_make_pairs(ODEPairs(pairs=6, **{"pair_steps": 2, **method_options}), preparation)
+    return load_or_make_pairs(ODEPairs(pairs=6, **{"pair_steps": 3, **method_options}), preparation)
 
 
 def test_equal_settings_use_the_file(tmp_path: Path) -> None:
@@ -149,7 +164,14 @@ def test_equal_settings_use_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"pair_steps": 1}, {"pair_guidance_scale": 1.0}, {"prompts": PROMPTS[::-1]}, {"world_size": 2}],
+    [
+        {"seed": 1},
+        {"pair_steps": 1},
+        {"pair_solver": "dpmpp_2m"},
+        {"pair_guidance_scale": 1.0},
+        {"prompts": PROMPTS[::-1]},
+        {"world_size": 2},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_other_settings_make_new_pairs(tmp_path: Path, change: dict) -> None:

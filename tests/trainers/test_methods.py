@@ -64,6 +64,7 @@ def test_companions_exist(method: type[Method]) -> None:
 @pytest.mark.parametrize(
     ("method", "fields"),
     [
+        ("ODEPairs", {"pair_solver": "rk45"}),
         ("ODEPairs", {"pairs": 0}),
         ("ODEPairs", {"pair_steps": 0}),
         ("ODEPairs", {"huber_c": 0.0}),
@@ -73,6 +74,6 @@ def test_companions_exist(method: type[Method]) -> None:
         ("SwiftBrush", {"warm_start_steps": -1}),
     ],
 )
-def test_values_that_cannot_work_are_refused(method: str, fields: dict[str, float]) -> None:
+def test_values_that_cannot_work_are_refused(method: str, fields: dict[str, float | str]) -> None:
     with pytest.raises(UserError, match=next(iter(fields))):
         getattr(fastdiff.trainers, method)(**fields)

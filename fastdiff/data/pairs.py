@@ -1,7 +1,7 @@
 """Stored ODE pairs: noise and what the teacher's deterministic sampler makes of it, from prompts alone.
 
-``x0 = solver(noise, prompt)`` with guidance, DDIM or DPM-Solver++(2M), on the trailing grid. A file holds the tensors and, in its header, the settings
-they were made with: a file made with other settings, or by another teacher, is never reused.
+``x0 = solver(noise, prompt)`` with guidance, DDIM or DPM-Solver++(2M), on the trailing grid. A file holds the tensors and, in
+its header, the settings they were made with: a file made with other settings, or by another teacher, is never reused.
 """
 
 import json
@@ -81,7 +81,10 @@ def make_pairs(
     batch_size: int = 256,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Pairs:
-    """``n`` pairs by a solver of ``SOLVERS``; prompts come in shuffled rounds. ``progress`` is told how many were made since it was last called."""
+    """``n`` pairs by a solver of ``SOLVERS``; prompts come in shuffled rounds.
+
+    ``progress`` is told how many were made since it was last called.
+    """
     generator = torch.Generator().manual_seed(seed)
     index = cycled(len(prompts), n, generator)
     noise = torch.randn(n, *teacher.latent_shape, generator=generator)

@@ -10,7 +10,7 @@ import tyro
 
 from fastdiff.cli.loading import quiet
 from fastdiff.cli.methods import find, methods
-from fastdiff.cli.options import nearest, parse
+from fastdiff.cli.options import columns, nearest, parse
 from fastdiff.errors import UserError
 from fastdiff.files import aside
 
@@ -23,7 +23,7 @@ class Options:
     methods: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[METHOD ...]")] = ()
     """The methods to certify; without any, all of them."""
     law: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LAW [LAW ...]")] = ()
-    """Only on these laws: ring, gaussian, classes, images. Without it, on every law the method names."""
+    """Only on these laws: ring, gaussian, classes, images, or fixed-point. Without it, all that the method names."""
     seed: Annotated[tuple[int, ...], tyro.conf.arg(metavar="S [S ...]")] = (0,)
     """Seeds of starting network, noise and training; several are run one after the other."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -44,24 +44,31 @@ def run(argv: Sequence[str]) -> int:
     )
     entries = [find(name) for name in chosen.methods or methods()]
     quiet()
-    from fastdiff.proof.certify import certify
+    from fastdiff.proof.certify import FIXED_POINT, certificates, certify
     from fastdiff.proof.laws import LAWS
 
+    known = [*LAWS, FIXED_POINT]
     for law in chosen.law:
-        if law not in LAWS:
-            raise UserError(f"no law '{law}'{nearest(law, LAWS)} Laws: {', '.join(LAWS)}.")
+        if law not in known:
+            raise UserError(f"no law '{law}'{nearest(law, known)} Laws: {', '.join(known)}.")
     jobs = []
     for cls in (entry.load() for entry in entries):
-        laws = [law for law in cls.trials if not chosen.law or law in chosen.law]
+        named = certificates(cls)
+        laws = [law for law in named if not chosen.law or law in chosen.law]
         if not laws:
-            raise UserError(f"{cls.name()} is certified on {', '.join(cls.trials) or 'no law'}, not on {', '.join(chosen.law)}.")
+            raise UserError(f"{cls.name()} is certified on {', '.join(named) or 'no law'}, not on {', '.join(chosen.law)}.")
         jobs += [(cls, law, seed) for law in laws for seed in chosen.seed]
     rows: list[Row] = []
-    for cls, law, seed in jobs:
-        rows += certify(cls, law, seed=seed)
-        if chosen.json is not None:  # after every certificate: what is proved stays when a later one is interrupted
-            _write(chosen.json, rows)
-    print(f"\n{table(rows)}\n")
+    if chosen.json is not None:
+        _write(chosen.json, rows)  # a file that cannot be written is no reason to lose hours later
+    try:
+        for cls, law, seed in jobs:
+            rows += certify(cls, law, seed=seed)
+            if chosen.json is not None:
+                _write(chosen.json, rows)
+    finally:  # what is proved stays when a later certificate is interrupted or diverges
+        if rows:
+            print(f"\n{table(rows)}\n")
     missed = [row for row in rows if not row.passed]
     if missed:
         print(f"{len(missed)} of {len(rows)} bounds were missed.")
@@ -70,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _write(path: Path, rows: "Sequence[Row]") -> None:
     with aside(path) as part:
-        part.write_text(json.dumps([row.as_json() for row in rows], indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps([row.as_json() for row in rows], indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def table(rows: "Sequence[Row]") -> str:
@@ -91,11 +98,6 @@ def table(rows: "Sequence[Row]") -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    aligned = [
-        "  ".join(f"{cell:<{w}}" if i < 3 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in [head, *body]
-    ]
-    lines = [line.rstrip() for line in aligned]
+    lines = columns([head, *body], left=3)
     masses = [f"masses of {r.method} on {r.law}: {' '.join(f'{m:.3f}' for m in r.details['masses'])}" for r in rows if r.details]
     return "\n".join([*lines, "", *masses]).rstrip()

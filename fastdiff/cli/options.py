@@ -70,3 +70,11 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
                 raise UserError(f"{name} needs a file.")
             return argv[i + 1], argv[:i] + argv[i + 2 :]
     return None, argv
+
+
+def columns(rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Rows as aligned lines: the first ``left`` columns to the left, the others to the right."""
+    table = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    sides = ["<" if i < left else ">" for i in range(len(widths))]
+    return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)).rstrip() for row in table]

@@ -6,7 +6,7 @@ run would be refused; the reasons stand at the end.
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastdiff.cli.loading import quiet
+from fastdiff.cli.options import columns
 from fastdiff.cli.training import Run, run_options
 
 if TYPE_CHECKING:
@@ -44,13 +45,6 @@ def size(n: int) -> str:
 def millions(n: int) -> str:
     """Parameters for people."""
     return f"{n / 1e6:.2f} M" if n < 1e9 else f"{n / 1e9:.2f} B"
-
-
-def columns(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Rows as lines: the first column to the left, the others to the right."""
-    table = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in table]
 
 
 def of(calls: "dict[str, Calls]") -> str:

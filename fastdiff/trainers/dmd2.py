@@ -13,7 +13,7 @@ data: the paper uses real images. Both networks start from the teacher. Yin et a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,14 @@ class DMD2(PairedMethod):
             bounds={"sliced_w2": 0.25, "mode_mass": 0.8, "mode_spread": 0.9, "stray": 0.2},
             max_steps=6000,
         ),
+        "images": Trial(
+            fields={"guidance_scale": 1.0, "lr": 5e-4, "fake_score_lr": 1e-3, "ratio": (1, 2)},
+            bounds={"sliced_w2": 0.2, "covariance": 0.25, "mode_mass": 0.5},
+            max_steps=600,
+            batch_size=64,
+        ),
     }
+    fixed_point: ClassVar[str] = "student"
 
     guidance_scale: float = 1.75
     """Guidance of the teacher (paper: 1.75 for SD 1.5, 8 for SDXL); 1 is off. The fake score is never guided."""
@@ -69,7 +76,7 @@ class DMD2(PairedMethod):
     """Learning rate of the fake score and of the discriminator head."""
     ratio: tuple[int, int] = (1, 5)
     """Student updates to fake-score updates: two integers."""
-    fake_score: str = "full"
+    fake_score: Literal["full", "lora"] = "full"
     """How the fake score trains: full (a copy, as in the paper) or lora (an adapter on the teacher's backbone)."""
     rank: int = 16
     """LoRA rank of the fake score when it is an adapter (alpha equals the rank)."""

@@ -132,6 +132,8 @@ class Method(ABC):
     info: ClassVar[Paper]
     trials: ClassVar[Mapping[str, Trial]] = {}
     """The laws this method must recover, by their names in ``fastdiff.proof.laws``."""
+    fixed_point: ClassVar[str] = ""
+    """The update whose gradient is zero where the student has the teacher's law and all scores are exact and unguided."""
 
     @classmethod
     def name(cls) -> str:

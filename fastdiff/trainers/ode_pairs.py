@@ -44,6 +44,12 @@ class ODEPairs(PairedMethod):
             bounds={"flow_map": 0.1, "sliced_w2": 0.2, "mode_mass": 0.4, "mode_spread": 0.6, "stray": 0.05},
             max_steps=2000,
         ),
+        "images": Trial(
+            fields={**_TRIAL, "pairs": 4000, "regression_lr": 1e-3},
+            bounds={"flow_map": 0.35, "sliced_w2": 0.1, "covariance": 0.2, "mode_mass": 0.3},
+            max_steps=600,
+            batch_size=64,
+        ),
     }
 
     def roles(self) -> dict[str, Role]:

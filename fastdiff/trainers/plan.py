@@ -16,15 +16,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from fastdiff.data.prompts import PromptTable, read_prompts
-from fastdiff.diffusion.process import NoiseProcess
 from fastdiff.errors import UserError
 from fastdiff.models.roles import Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import check_exportable, exported_scheduler
+from fastdiff.trainers._activations import Timeless, kept_for_backward, resident
+from fastdiff.trainers._counts import cycle, times, total
 from fastdiff.trainers.checks import check_folder, checks
 from fastdiff.trainers.config import Config
 from fastdiff.trainers.draws import Draws
@@ -178,7 +177,7 @@ def plan(
     table = _Prompts(read or [""], teacher)
     prepared = method.prepare_blank(teacher, gpus)
     running = copy.copy(teacher)
-    running.process = _Timeless(teacher.process)
+    running.process = Timeless(teacher.process)
     with torch.device("meta"):
         roles = Roles(running, method.roles())
     try:
@@ -190,7 +189,7 @@ def plan(
     start, period = cycle(run)
     kinds = Counter(run[: config.max_steps])
     samples = config.batch_size * config.accumulation * gpus
-    total = _sum((method.calls(kind), count) for kind, count in kinds.items())
+    calls = total((method.calls(kind), count) for kind, count in kinds.items())
     export = _export(teacher) if not _refusal(lambda: check_exportable(teacher)) else {}
     return Plan(
         method=method.name(),
@@ -206,8 +205,8 @@ def plan(
         iterations=[Iteration(updates=list(kind), count=n, calls=method.calls(kind)) for kind, n in kinds.items()],
         warm_start=_stretch(method, run[: min(start, config.max_steps)]),
         cycle=_stretch(method, run[start : start + period]),
-        prepares=_times(prepared.calls, gpus),
-        samples=_times(total, samples),
+        prepares=times(prepared.calls, gpus),
+        samples=times(calls, samples),
         noise_range=method.noise_range(teacher),
         timesteps=method.timesteps(teacher),
         export=export,
@@ -335,110 +334,18 @@ def _updates(
 
 def _kept(method: Method, update: str, batch: Batch, roles: Roles) -> tuple[int | None, list[str]]:
     try:
-        return kept_for_backward(lambda: method.loss(update, batch, roles), ignore=_resident(roles)), []
+        return kept_for_backward(lambda: method.loss(update, batch, roles), ignore=resident(roles)), []
     except RuntimeError as error:  # a loss that asks for values
         return None, [f"activations of {update}: {' '.join(str(error).split())[:200]}"]
-
-
-class _Timeless(NoiseProcess):
-    """A process asked at times without values: its coefficients have none either."""
-
-    def __init__(self, process: NoiseProcess) -> None:
-        self.process, self.t_min, self.t_max, self.sigma_data = process, process.t_min, process.t_max, process.sigma_data
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.empty_like(t, dtype=torch.float64)
-
-    sigma = dalpha = dsigma = alpha
-
-    def t_from_nsr(self, r: Tensor) -> Tensor:
-        return torch.empty_like(r)
-
-    def network_time(self, t: Tensor) -> Tensor:
-        return self.process.network_time(t)
-
-
-def _resident(roles: Roles) -> set[int]:
-    """The storages that stay whether or not a loss is running."""
-    networks = [*roles.modules.values(), *roles.teacher.family.networks()]
-    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    return {_storage(tensor) for tensor in tensors}
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def kept_for_backward(loss: Callable[[], Any], *, ignore: set[int]) -> int:
-    """Bytes that autograd keeps while ``loss()`` is alive, every storage once, without those of ``ignore``."""
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in ignore:
-            kept[_storage(tensor)] = tensor  # held, so that no other storage takes its place
-        return tensor
-
-    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = loss()
-    del result
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention on the meta device that keeps what fused kernels keep: inputs, output and a logarithm a row."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        options = dict(kwargs or {})
-        if func is not scaled_dot_product_attention:
-            return func(*args, **options)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        options |= dict(zip(names, args, strict=False))
-        query, key, value, mask = (options.get(name) for name in names[:4])
-        if not isinstance(query, Tensor) or query.device.type != "meta" or options.get("enable_gqa"):
-            return func(*args, **(kwargs or {}))
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(query, key, value, attn_mask=mask if isinstance(mask, Tensor) and mask.is_floating_point() else None)[0]
 
 
 # --- calls --------------------------------------------------------------------------------------------------------------
 
 
-def cycle(updates: Sequence[Any]) -> tuple[int, int]:
-    """``(start, period)`` of the smallest sum with ``updates[i] == updates[i + period]`` from ``start`` to the end.
-
-    >>> cycle("www" + "abbabbabb")
-    (3, 3)
-    """
-    backward, n = updates[::-1], len(updates)
-    same = [n, *[0] * (n - 1)]  # the Z function: how long backward[period:] agrees with backward
-    low = high = 0
-    for period in range(1, n):
-        length = min(high - period, same[period - low]) if period < high else 0
-        while period + length < n and backward[length] == backward[period + length]:
-            length += 1
-        same[period] = length
-        if period + length > high:
-            low, high = period, period + length
-    period = max(range(1, n), key=same.__getitem__, default=n)
-    return (n - period - same[period], period) if period < n and same[period] else (0, n)
-
-
 def _stretch(method: Method, run: Sequence[tuple[str, ...]]) -> Stretch:
     kinds = Counter(run)
-    calls = _sum((method.calls(kind), count) for kind, count in kinds.items())
+    calls = total((method.calls(kind), count) for kind, count in kinds.items())
     return Stretch(iterations=len(run), updates=[list(kind) for kind in kinds], calls=calls)
-
-
-def _times(calls: Any, factor: int) -> dict[str, Calls]:
-    return {name: Calls(factor * c.forward, factor * c.backward) for name, c in calls.items()}
-
-
-def _sum(terms: Iterable[tuple[dict[str, Calls], int]]) -> dict[str, Calls]:
-    total: dict[str, Calls] = {}
-    for calls, count in terms:
-        for name, value in _times(calls, count).items():
-            total[name] = total.get(name, Calls(0, 0)) + value
-    return total
 
 
 def _export(teacher: Teacher) -> dict[str, Any]:

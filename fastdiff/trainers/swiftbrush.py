@@ -45,6 +45,7 @@ class SwiftBrush(PairedMethod):
         "gaussian": Trial(fields=_TRIAL, bounds={"w2": 0.9, "covariance": 0.15}, max_steps=4000),
         "classes": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.95, "stray": 0.35}, max_steps=4000),
     }
+    fixed_point: ClassVar[str] = "student"
 
     guidance_scale: float = 4.5
     """Guidance of teacher and fake score alike; 1 is off."""

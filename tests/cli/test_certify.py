@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff.cli.main import main
+from fastdiff.errors import UserError
 from fastdiff.proof import certify as proof
 from fastdiff.proof.certify import Row
 
@@ -61,3 +62,34 @@ def test_unknown_names(asked: list[tuple[str, str, int]], words: list[str], says
     assert main(["certify", *words]) == 2
     assert says in capsys.readouterr().err
     assert asked == []
+
+
+def test_what_is_proved_is_printed_and_kept_when_a_later_certificate_diverges(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(method: type, law: str, *, seed: int) -> list[Row]:
+        if law == "gaussian":
+            raise UserError("diverged")
+        return [Row(method.name(), law, "stray", float("nan"), 0.5, 1.0, 0.05, 1.0, seed)]
+
+    monkeypatch.setattr(proof, "certify", answer)
+    file = tmp_path / "rows.json"
+    assert main(["certify", "ode-pairs", "--law", "ring", "gaussian", "--json", str(file)]) == 2
+    assert "MISSED" in capsys.readouterr().out
+    assert json.loads(file.read_text())[0] | {"value": None, "pass": False} == json.loads(file.read_text())[0]
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_trained(
+    asked: list[tuple[str, str, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["certify", "ode-pairs", "--json", str(tmp_path / "file" / "rows.json")]) == 2
+    assert asked == []
+
+
+@pytest.mark.parametrize("method", ["dmd2", "swiftbrush"])
+def test_the_fixed_point_is_certified_without_training(method: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    assert main(["certify", method, "--law", "fixed-point", "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())
+    assert row["value"] < 1e-10 < 1e-2 < row["baseline"]

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.proof.certify import METRICS, Drawn, Row, certify, masses
+from fastdiff.models.roles import Roles
+from fastdiff.proof.certify import FIXED_POINT, METRICS, Drawn, Row, certify, masses
 from fastdiff.proof.laws import LAWS, PREDICTION_TYPE, draw_labels, exact, teacher
-from fastdiff.trainers import ODEPairs
+from fastdiff.trainers import DMD2, ODEPairs
+from fastdiff.trainers.method import Batch
 
 
 def drawn(name: str, n: int = 4000, seed: int = 0) -> tuple[Drawn, torch.Tensor]:
@@ -131,3 +134,24 @@ def test_the_quickest_certificates(law: str) -> None:
         assert row.passed, row
         assert row.value < 0.5 * row.baseline, row
         assert row.floor < row.bound
+
+
+class Silent(DMD2):
+    """Gives its samples no gradient anywhere, so none at the optimum either."""
+
+    def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        return {name: term.detach() for name, term in super().loss(update, batch, roles).items()}
+
+
+class Guided(DMD2):
+    """Forgets that a guided score is no law's."""
+
+    def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        self.guidance_scale = 2.0
+        return super().loss(update, batch, roles)
+
+
+@pytest.mark.parametrize("method", [Silent, Guided], ids=lambda m: m.__name__)
+def test_a_fixed_point_is_missed_by_a_method_without_gradient_and_by_one_that_pulls_elsewhere(method: type[DMD2]) -> None:
+    assert certify(DMD2, FIXED_POINT)[0].passed
+    assert not certify(method, FIXED_POINT)[0].passed

@@ -21,9 +21,11 @@ from fastdiff import Trainer
 from fastdiff.data.fashion import captions
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush
+from fastdiff.trainers._activations import kept_for_backward, resident
+from fastdiff.trainers._counts import cycle
 from fastdiff.trainers.config import Config
 from fastdiff.trainers.method import Calls, Method, due
-from fastdiff.trainers.plan import Plan, _resident, cycle, kept_for_backward, plan
+from fastdiff.trainers.plan import Plan, plan
 
 PAIRS = {"pairs": 5, "pair_steps": 2}
 METHODS = {
@@ -93,7 +95,7 @@ def test_activations_are_what_autograd_keeps_in_the_run(both: tuple[Plan, Traine
         batch = run._micro_batches(step)[0]
         for update in run.method.updates(step):
             run._roles.train_only(*run.method.trains(update))
-            kept = kept_for_backward(lambda u=update, b=batch: run.method.loss(u, b, run._roles), ignore=_resident(run._roles))  # type: ignore[misc]
+            kept = kept_for_backward(lambda u=update, b=batch: run.method.loss(u, b, run._roles), ignore=resident(run._roles))  # type: ignore[misc]
             assert kept == pytest.approx(plan.updates[update].activations, rel=0.03), update
 
 

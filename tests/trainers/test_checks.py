@@ -1,0 +1,58 @@
+"""What a run refuses before it starts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_teacher
+from torch import nn
+
+from fastdiff import Teacher
+from fastdiff.diffusion.process import RectifiedFlow
+from fastdiff.errors import UserError
+from fastdiff.trainers import DMD2, ODEPairs, checkpoint
+from fastdiff.trainers.checks import check_folder, check_precision, check_times, checks
+from fastdiff.trainers.config import Config
+
+
+def flow_teacher() -> Teacher:
+    return Teacher.from_module(nn.Linear(2, 2), RectifiedFlow(), "flow_velocity", shape=(2,), prompts=["a"])
+
+
+def test_a_whole_teacher_passes_all_of_them() -> None:
+    for check in checks(ODEPairs(), tiny_teacher()):
+        check()
+
+
+def test_half_precision_is_refused_with_the_way_out() -> None:
+    teacher = tiny_teacher()
+    teacher.family.backbone.to(torch.bfloat16)
+    with pytest.raises(UserError, match="mixed_precision='bf16'"):
+        check_precision(teacher)
+
+
+def test_a_process_without_integer_times_is_refused_by_its_name() -> None:
+    with pytest.raises(UserError, match="RectifiedFlow"):
+        check_times(flow_teacher())
+
+
+def test_each_refusal_is_raised_by_exactly_its_own_check() -> None:
+    """The flow teacher has no bottleneck either: two of four checks refuse DMD2 with a GAN, and say different things."""
+    said = []
+    for check in checks(DMD2(gan_weight=0.1), flow_teacher()):
+        try:
+            check()
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) == len(set(said)) == 2
+
+
+def test_a_folder_is_used_once_or_resumed(tmp_path: Path) -> None:
+    fresh = Config(output_dir=tmp_path)
+    check_folder(fresh)
+    with pytest.raises(UserError, match="nothing to resume"):
+        check_folder(Config(output_dir=tmp_path, resume=True))
+    checkpoint.save(tmp_path / "checkpoints", 10, {}, {"student": {"w": torch.ones(1)}}, keep=1)
+    check_folder(Config(output_dir=tmp_path, resume=True))
+    with pytest.raises(UserError, match="--resume"):
+        check_folder(fresh)

@@ -7,6 +7,7 @@ for EDM, s in [0, 1] for flow, an angle for TrigFlow; larger is noisier for all 
     mode              s = 1 - u - scale (cos^2(pi u / 2) - 1 + u)    SD3; from memory and diffusers' training_utils
     log_normal        sigma = exp(mean + std z)                      EDM (NeurIPS 2022, arXiv 2206.00364)
     trig_log_normal   t = arctan(exp(mean + std z) / sigma_data)     sCM (ICLR 2025, arXiv 2410.11081)
+    log_normal_weights, consistency_intervals, consistency_ema, doubling_intervals      the curricula of CT and iCT
     shift_time        s' = k s / (1 + (k - 1) s), which is r' = k r
 """
 
@@ -77,6 +78,38 @@ def karras_grid(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: 
     """``(sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho``, i = 0..n-1, float64 (EDM, eq. 5)."""
     ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64).pow(1 / rho)
     return (ends[0] + torch.linspace(0, 1, n, dtype=torch.float64) * (ends[1] - ends[0])).pow(rho)
+
+
+def log_normal_weights(grid: Tensor, mean: float = -1.1, std: float = 2.0) -> Tensor:
+    """The chance of each interval of a falling EDM grid [n] under a log-normal sigma, [n - 1], summing to 1.
+
+    ``p_i ~ erf((ln sigma_i - mean) / (sqrt(2) std)) - erf((ln sigma_{i+1} - mean) / (sqrt(2) std))``: iCT (ICLR 2024, recalled).
+    """
+    cdf = torch.erf((grid.double().log() - mean) / (math.sqrt(2) * std))
+    weights = cdf[:-1] - cdf[1:]
+    return weights / weights.sum()
+
+
+def from_weights(u: Tensor, weights: Tensor) -> Tensor:
+    """Index i, int64 [B], with probability ``weights[i]``, by the inverse of their cumulative sum."""
+    edges = weights.to(u).cumsum(0)
+    return torch.searchsorted(edges / edges[-1], u, right=True).clamp(max=len(weights) - 1)
+
+
+def consistency_intervals(step: int, total: int, *, first: int = 2, last: int = 150) -> int:
+    """CT's number of grid points at a step: ``N = ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1`` (ICML 2023)."""
+    return math.ceil(math.sqrt(step / total * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1
+
+
+def consistency_ema(intervals: int, *, first: int = 2, decay: float = 0.9) -> float:
+    """CT's decay of the target's average at ``N`` grid points: ``exp(s0 ln mu0 / N)``."""
+    return math.exp(first * math.log(decay) / intervals)
+
+
+def doubling_intervals(step: int, total: int, *, first: int = 10, last: int = 1280) -> int:
+    """iCT's number of grid points: ``min(s0 2^floor(k / K'), s1) + 1`` with ``K' = K / (log2(s1 / s0) + 1)`` (recalled)."""
+    stage = int(step * (math.log2(last / first) + 1) / total)
+    return int(min(first * 2**stage, last)) + 1
 
 
 def shift_time(s: Tensor, shift: float) -> Tensor:

@@ -201,3 +201,35 @@ def test_grid_of_the_flow_multistep_solvers_is_a_shifted_line_too() -> None:
     scheduler.set_timesteps(6)
     line = torch.linspace(1, 1 / 1000, 7, dtype=torch.float64)[:-1]
     torch.testing.assert_close(times.shift_time(line, 3.0), scheduler.sigmas[:-1].double(), rtol=2e-6, atol=0)
+
+
+def test_icts_interval_weights_are_the_normal_laws_of_log_sigma() -> None:
+    grid = times.karras_grid(41)
+    weights = times.log_normal_weights(grid)
+    normal = stats.norm(-1.1, 2.0)
+    want = -np.diff(normal.cdf(grid.log().numpy()))
+    np.testing.assert_allclose(weights.numpy(), want / want.sum(), rtol=1e-12)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_indices_come_as_often_as_their_weights_say_and_never_fall_out() -> None:
+    weights = torch.tensor([0.1, 0.0, 0.6, 0.3], dtype=torch.float64)
+    even = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    assert torch.bincount(times.from_weights(even, weights), minlength=4).tolist() == [1000, 0, 6000, 3000]
+    assert times.from_weights(torch.tensor([0.0, 1.0]).double(), weights).tolist() == [0, 3]
+
+
+def test_cts_curriculum_begins_and_ends_where_the_paper_says() -> None:
+    total = 1000
+    counts = [times.consistency_intervals(k, total) for k in range(total + 1)]
+    assert (counts[0], counts[-1]) == (2, 151)
+    assert all(0 <= b - a <= 60 for a, b in zip(counts, counts[1:], strict=False))
+    assert times.consistency_ema(2) == pytest.approx(0.9)
+    assert times.consistency_ema(151) == pytest.approx(0.9 ** (2 / 151))
+
+
+def test_icts_curriculum_doubles_on_an_even_schedule() -> None:
+    counts = [times.doubling_intervals(k, 800) for k in range(800)]
+    assert sorted(set(counts)) == [10 * 2**i + 1 for i in range(8)]
+    assert all(counts.count(n) == 100 for n in set(counts))
+    assert times.doubling_intervals(800, 800) == 1281

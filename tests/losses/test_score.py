@@ -432,15 +432,25 @@ def test_tdm_is_the_pseudo_huber_to_the_papers_target_and_stops_at_scores_and_no
     assert got[2] is None
 
 
-def test_tdm_and_f_distill_are_at_rest_under_equal_scores() -> None:
-    x, real, _ = images(3)
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(trajectory_matching(x, real, real.clone()).sum(), x)
-    assert torch.equal(gradient, torch.zeros_like(x))
-    gradient = distribution_matching_gradient(x.detach(), real, real.clone())
-    for kind in F_DIVERGENCES:
-        weight = f_divergence_weight(normal(3, 1, 1, 1, seed=2), kind=kind)
-        assert torch.equal(weight * gradient, torch.zeros_like(gradient))
+def test_tdm_and_f_distill_are_at_rest_at_the_teachers_law_and_pull_back_a_shifted_one() -> None:
+    """Exact posterior means of the teacher's N(0.5, 0.8^2) and of the generator's own law, written in two ways."""
+    a, s, e = 0.8, 0.6, normal(64, 4, seed=1)
+    for shift in (0.0, 0.3):
+        x = (0.5 + shift + 0.8 * normal(64, 4)).requires_grad_()
+        x_t = (a * x + s * e).detach()
+        gain, offset = affine_gaussian(0.5, 0.64, a, s)
+        real = gain * x_t + offset
+        precision = 1 / 0.64 + (a / s) ** 2
+        fake = ((0.5 + shift) / 0.64 + a / s**2 * x_t) / precision
+        (gradient,) = torch.autograd.grad(trajectory_matching(x, real, fake).sum(), x)
+        dmd = distribution_matching_gradient(x.detach(), real, fake)
+        weights = [f_divergence_weight(normal(64, 1, seed=2), kind=kind) for kind in F_DIVERGENCES]
+        largest = max(g.abs().max().item() for g in (gradient, *(weight * dmd for weight in weights)))
+        if shift == 0:
+            assert largest < 1e-10
+        else:  # the means are 0.3 too high: every gradient points down the axis of every sample
+            assert (gradient > 1e-3).all()
+            assert all((weight * dmd > 1e-6).all() for weight in weights)
 
 
 @pytest.mark.parametrize("dtype", HALF)

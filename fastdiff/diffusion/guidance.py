@@ -56,7 +56,7 @@ def rescale(guided: Tensor, cond: Tensor, factor: float) -> Tensor:
 
 
 def rescaled(cond: Tensor, uncond: Tensor, scale: Scale, *, factor: float) -> Tensor:
-    """Plain guidance, then ``rescale``, against overexposure. Meant for the network's own output; the paper uses factor 0.7."""
+    """Plain guidance, then ``rescale``, against overexposure. Meant for the network's own output; 0.7 is usual (recalled)."""
     return rescale(guide(cond, uncond, scale), cond, factor)
 
 

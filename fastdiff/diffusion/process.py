@@ -154,6 +154,7 @@ class ContinuousVP(NoiseProcess):
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         table = DiscreteVP(alphas_cumprod).alphas_cumprod
+        self._ends_early = bool((table == 0).any())
         table = table[table > 0]
         self._log_nsr = 0.5 * ((1 - table).log() - table.log())
         self.t_max = len(table) - 1
@@ -162,7 +163,8 @@ class ContinuousVP(NoiseProcess):
         """log r and its derivative."""
         t = torch.as_tensor(t).to("cpu", torch.float64)
         if ((t < 0) | (t > self.t_max)).any():
-            raise ValueError(f"times must be in 0..{self.t_max}, came {t.min():.6g}..{t.max():.6g}.")
+            last = "; the table's last row has no signal, where log r and its derivatives are infinite" if self._ends_early else ""
+            raise ValueError(f"times must be in 0..{self.t_max}, came {t.min():.6g}..{t.max():.6g}{last}.")
         row = t.floor().long().clamp(max=int(self.t_max) - 1)
         slope = self._log_nsr[row + 1] - self._log_nsr[row]
         return self._log_nsr[row] + (t - row) * slope, slope

@@ -28,6 +28,8 @@ class Denoiser:
         scale = input_scale(self.process, t, self.prediction_type)
         x_in = x_t if scale is None else expand(scale, x_t) * x_t
         output = self.network(x_in, self.process.network_time(t), cond)
+        if output.shape != x_t.shape:  # [B, 1] would be spread over x_t without a word
+            raise ValueError(f"the network gave {tuple(output.shape)} for x_t {tuple(x_t.shape)}: expected the same shape.")
         return Prediction(x_t, t, x0_from_output(output, x_t, t, self.process, self.prediction_type), self.process)
 
     def guided(

@@ -28,7 +28,8 @@ class TimeMLP(nn.Module):
         angles = (t.to(x_t) / self.time_scale)[:, None] * math.pi * 2.0 ** torch.arange(-1, 7, device=x_t.device).to(x_t)
         parts = [x_t, angles.sin(), angles.cos()]
         if self.label is not None:
-            assert labels is not None, "this network has classes: pass labels, -1 for none"
+            if labels is None:
+                raise ValueError("this network has classes: pass labels, -1 for none.")
             parts.append(self.label(labels + 1))
         out: Tensor = self.out(self.hidden(torch.cat(parts, dim=1)))
         return out

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Denoiser, Network
 from fastdiff.models.discriminator import features_at
 from fastdiff.models.law import LawDenoiser
@@ -209,6 +210,11 @@ def _add_adapter(backbone: nn.Module, name: str, role: Role, targets: tuple[str,
 
     names = [key.removesuffix(".base_layer") for key, _ in backbone.named_modules()]
     wanted = [t for t in role.lora_targets or () if any(key == t or key.endswith(f".{t}") for key in names)]
+    if not wanted and not targets:
+        raise UserError(
+            f"{name} trains a LoRA adapter, and the teacher has no linear layers and names no others: pass lora_targets=, "
+            "the layers to adapt, to Teacher.from_module, or train the role in full."
+        )
     config = LoraConfig(r=role.rank, lora_alpha=role.lora_alpha, target_modules=wanted or list(targets))
     inject_adapter_in_model(config, backbone, adapter_name=name)
     del backbone.peft_config  # peft would warn of a second adapter; ``Adapters`` keeps the count

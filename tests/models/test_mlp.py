@@ -28,5 +28,5 @@ def test_neighbouring_times_are_told_apart_and_scale_with_the_largest() -> None:
 
 
 def test_a_network_with_classes_needs_labels() -> None:
-    with pytest.raises(AssertionError, match="labels"):
+    with pytest.raises(ValueError, match="labels"):
         TimeMLP(2, classes=2)(torch.zeros(1, 2), torch.zeros(1))

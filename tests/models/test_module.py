@@ -128,3 +128,47 @@ def test_a_law_of_another_process_or_shape_is_refused() -> None:
         Teacher.from_module(mlp(), DiscreteVP(TABLE), "sample", shape=(2,), law=law)
     with pytest.raises(UserError, match="shape"):
         Teacher.from_module(mlp(), DiscreteVP(TABLE), "sample", shape=(3,), law=law.under(DiscreteVP(TABLE)))
+
+
+# --- what cannot work is said at once
+
+
+def small(module: nn.Module, **options: object) -> Teacher:
+    return Teacher.from_module(module, DiscreteVP(TABLE), **{"prediction_type": "epsilon", "shape": (2,), **options})
+
+
+def test_an_unknown_prediction_type_is_refused_when_the_teacher_is_made() -> None:
+    with pytest.raises(UserError, match=r"'eps'.*epsilon"):
+        small(mlp(), prediction_type="eps")
+
+
+def test_captions_without_encode_are_refused_with_what_to_pass() -> None:
+    with pytest.raises(UserError, match="encode="):
+        small(mlp()).encode(["a cat"])
+
+
+def test_an_output_that_would_be_broadcast_is_refused() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
+            return self.layer(x)
+
+    x, t = inputs()
+    with pytest.raises(ValueError, match=r"\(5, 1\) for x_t \(5, 2\)"):
+        small(Narrow()).denoiser(x, t, None)
+
+
+def test_lora_on_a_network_without_linear_layers_asks_for_targets() -> None:
+    teacher = small(nn.Conv2d(1, 1, 1), shape=(1, 2, 2))
+    with pytest.raises(UserError, match="lora_targets="):
+        Roles(teacher, {"student": Role(train="lora", lr=1e-3)})
+    Roles(small(nn.Sequential(nn.Conv2d(1, 1, 1)), shape=(1, 2, 2), lora_targets=["0"]), {"student": Role(train="lora", lr=1e-3)})
+
+
+def test_the_output_layer_of_torchs_attention_is_no_target_of_an_adapter() -> None:
+    """``nn.MultiheadAttention`` reads that layer's weight itself: an adapter on it would compute nothing."""
+    teacher = small(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 1), "out": nn.Linear(4, 4)}), shape=(4,))
+    assert teacher.family.lora_targets == ("out",)

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastdiff.diffusion.prediction import PREDICTION_TYPES
 from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Network
 from fastdiff.models.families.base import Family
 
@@ -31,6 +34,8 @@ class Module(Family):
         call: Callable[[nn.Module, Tensor, Tensor, Any], Tensor] | None = None,
     ) -> None:
         self.module, self._process, self._shape = module, (process, prediction_type), tuple(shape)
+        if prediction_type not in PREDICTION_TYPES:
+            raise UserError(f"prediction_type is {prediction_type!r}: expected one of {', '.join(PREDICTION_TYPES)}.")
         self._encode, self._decode, self._call = encode, decode, call
         self.lora_targets = tuple(lora_targets) or _linear_layers(module)
 
@@ -54,11 +59,19 @@ class Module(Family):
     def encode(self, prompts: list[str]) -> Any:
         if self._encode is not None:
             return self._encode(prompts)
-        return torch.tensor([int(prompt) if prompt else -1 for prompt in prompts], device=next(self.module.parameters()).device)
+        try:
+            labels = [int(prompt) if prompt else -1 for prompt in prompts]
+        except ValueError as error:
+            raise UserError(
+                f"{error}: a module's prompts are class labels as text. For captions pass encode=, which makes a condition of them."
+            ) from error
+        return torch.tensor(labels, device=next(self.module.parameters()).device)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents if self._decode is None else self._decode(latents)
 
 
 def _linear_layers(module: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
+    """All but the output layer of ``nn.MultiheadAttention``, whose weights are read past any adapter."""
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    return tuple(name for name, layer in layers if not isinstance(layer, NonDynamicallyQuantizableLinear))

@@ -17,6 +17,7 @@ def checks(method: Method, teacher: Teacher) -> list[Callable[[], None]]:
         lambda: check_precision(teacher),
         lambda: check_times(teacher),
         lambda: check_exportable(teacher),
+        lambda: check_steps(method, teacher),
         lambda: method.validate(teacher),
     ]
 
@@ -36,6 +37,16 @@ def check_times(teacher: Teacher) -> None:
         raise UserError(
             f"{teacher.name} runs under {type(teacher.process).__name__}: the methods so far start at an integer time from noise "
             "of unit size and would call it at the wrong times. View it as DiscreteVP (fastdiff.diffusion.SNRMatched)."
+        )
+
+
+def check_steps(method: Method, teacher: Teacher) -> None:
+    """Refuse a student that is called at other times than the last one, which the exported scheduler would not do."""
+    times = method.timesteps(teacher)
+    if teacher.pipeline is not None and times != [int(teacher.process.t_max)]:
+        raise UserError(
+            f"{method.name()} calls its student at times {times}, and a pipeline is exported for one call at "
+            f"{int(teacher.process.t_max)}: its pictures would not be the trainer's."
         )
 
 

@@ -132,6 +132,9 @@ class Method(ABC):
     info: ClassVar[Paper]
     trials: ClassVar[Mapping[str, Trial]] = {}
     """The laws this method must recover, by their names in ``fastdiff.proof.laws``."""
+    bf16_tolerance: ClassVar[tuple[float, float]] = (0.05, 0.2)
+    """How far, relatively, the terms and the gradients of one update in bf16 autocast may be from float32: where two near scores
+    are subtracted, rounding shows."""
     fixed_point: ClassVar[str] = ""
     """The update whose gradient is zero where the student has the teacher's law and all scores are exact and unguided."""
 

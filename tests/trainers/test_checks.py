@@ -11,12 +11,12 @@ from fastdiff import Teacher
 from fastdiff.diffusion.process import RectifiedFlow
 from fastdiff.errors import UserError
 from fastdiff.trainers import DMD2, ODEPairs, checkpoint
-from fastdiff.trainers.checks import check_folder, check_precision, check_times, checks
+from fastdiff.trainers.checks import check_folder, check_precision, check_steps, check_times, checks
 from fastdiff.trainers.config import Config
 
 
 def flow_teacher() -> Teacher:
-    return Teacher.from_module(nn.Linear(2, 2), RectifiedFlow(), "flow_velocity", shape=(2,), prompts=["a"])
+    return Teacher.from_module(nn.Linear(2, 2), RectifiedFlow(), "flow_prediction", shape=(2,), prompts=["a"])
 
 
 def test_a_whole_teacher_passes_all_of_them() -> None:
@@ -56,3 +56,13 @@ def test_a_folder_is_used_once_or_resumed(tmp_path: Path) -> None:
     check_folder(Config(output_dir=tmp_path, resume=True))
     with pytest.raises(UserError, match="--resume"):
         check_folder(fresh)
+
+
+def test_a_student_of_other_times_than_the_exported_scheduler_has_is_refused() -> None:
+    class TwoSteps(ODEPairs):
+        def timesteps(self, teacher: Teacher) -> list[int]:
+            return [999, 499]
+
+    check_steps(ODEPairs(), tiny_teacher())
+    with pytest.raises(UserError, match=r"\[999, 499\]"):
+        check_steps(TwoSteps(), tiny_teacher())

@@ -32,7 +32,7 @@ class PairedMethod(Method):
     """Number of stored ODE pairs."""
     pair_steps: int = 8
     """Teacher steps that make a pair."""
-    pair_solver: Literal["ddim", "dpmpp_2m"] = "ddim"
+    pair_solver: Literal["ddim", "dpmpp_2m"] = "dpmpp_2m"
     """How the teacher makes a pair: DDIM, or DPM-Solver++(2M), of second order at the same cost."""
     pair_guidance_scale: float = 3.0
     """Guidance of the teacher that makes the pairs; 1 is off."""

@@ -1,10 +1,10 @@
 """ODE-pair regression: the student repeats the teacher's deterministic few-step result from the same noise, in one call.
 
-    x0(z, y) = DDIM_8(z, y), guided          L = mean pseudo_huber( f(z, y), x0(z, y) )
+    x0(z, y) = solver_8(z, y), guided        L = mean pseudo_huber( f(z, y), x0(z, y) )
 
 Pairs are made from prompts alone and stored. Trained: the student, a full copy of the teacher's network.
 Luhman & Luhman, Knowledge Distillation in Iterative Generative Models (arXiv 2101.02388); as the regression term of DMD (CVPR
-2024, arXiv 2311.18828). The sheet has it inside DMD; distance and step count are this library's choices.
+2024, arXiv 2311.18828). The sheet has it inside DMD; distance, solver and step count are this library's choices.
 """
 
 from collections.abc import Mapping

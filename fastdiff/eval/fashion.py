@@ -27,6 +27,7 @@ from fastdiff.eval.frechet import FD, frechet
 from fastdiff.eval.stats import Score, Stats
 
 REFERENCE, REAL = ASSETS / "fashion-reference.safetensors", ASSETS / "fashion-real.safetensors"
+FEATURES = ASSETS / "fashion-reference-features.safetensors"
 Progress = Callable[[float, str], None]
 
 

@@ -1,11 +1,12 @@
 """Generate the images of a model into a folder, on one device or many; run it again to go on after an interruption.
 
 python eval/generate.py fashion --output runs/images --n 200 --steps 10 --guidance-scale 3
-accelerate launch --multi-gpu eval/generate.py runs/student --output runs/images --prompts prompts.txt
+torchrun --nproc-per-node 4 -- eval/generate.py runs/student --output runs/images --prompts prompts.txt
 """
 
 from pathlib import Path
 
+import torch
 import tyro
 from accelerate import PartialState
 from tqdm import tqdm
@@ -26,7 +27,7 @@ def main(
     seed: int = 0,
     batch_size: int = 16,
 ) -> None:
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else several processes on a CPU do not see each other
     with state.local_main_process_first():  # one download a machine
         subject = open_source(source, lora=lora, steps=steps, guidance_scale=guidance_scale, device=state.device)
     lines = random_captions(n, seed) if prompts is None else prompts.read_text(encoding="utf-8").splitlines()

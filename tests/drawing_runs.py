@@ -38,11 +38,12 @@ def killed(rank: int, folder: str, die_at: int) -> None:
 def as_rank(rank: int, world_size: int, folder: str) -> None:
     from accelerate import PartialState
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), ACCELERATE_USE_CPU="true")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1")  # asked for, but not used after a rendezvous by file
     torch.set_num_threads(1)
     store = f"file://{folder}-rendezvous"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    state = PartialState()
+    state = PartialState(cpu=True)
     ranks = {"rank": state.process_index, "world_size": state.num_processes}
     written = generate(subject(), PROMPTS, folder, batch_size=BATCH, **ranks)
     Path(f"{folder}-{rank}.json").write_text(json.dumps({**ranks, "written": written}))

@@ -14,11 +14,11 @@ import torch
 
 from fastdiff.errors import UserError
 from fastdiff.eval.generate import HEADER, Generation
+from fastdiff.eval.images import SUFFIXES, ImageFolder
 from fastdiff.eval.pipeline import pipeline_subject
 from fastdiff.eval.subject import Subject
 from fastdiff.models.teacher import BUNDLED, load_pipeline
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -97,11 +97,12 @@ def open_pipeline(
 
 
 def image_folder(text: str | Path) -> bool:
-    """Whether ``text`` is a folder of images: no pipeline, and an image file or the header of a generation in it."""
+    """Whether ``text`` is a folder of images: no pipeline, with the header of a generation, an image, or a subfolder with one."""
     path = Path(text)
     if not path.is_dir() or (path / "model_index.json").is_file():
         return False
-    return (path / HEADER).is_file() or any(file.suffix.lower() in IMAGES for file in path.iterdir())
+    found = (file for pattern in ("*", "*/*") for file in path.glob(pattern))
+    return (path / HEADER).is_file() or any(file.suffix.lower() in SUFFIXES for file in found)
 
 
 def local_folder(text: str | Path) -> Path | None:
@@ -157,19 +158,21 @@ def _scheduler(name: str, saved: Any) -> Any:
 
 
 def _stored(path: Path, name: str | None) -> Subject:
-    from fastdiff.eval.images import ImageFolder
-
     if not (path / HEADER).is_file():
-        return Subject(name=name or path.name, stored=ImageFolder(path))
+        images = ImageFolder(path)
+        return Subject(name=name or path.name, stored=images, count=len(images))
     made = Generation.open(path)
     if missing := made.missing():
         raise UserError(
             f"{path} lacks {len(missing)} of its {made.settings['n']} images, such as {missing[0]:06d}: generate the rest first."
         )
-    resolution = made.settings["resolution"]
+    images, resolution = ImageFolder(path, recursive=False), made.settings["resolution"]
+    if len(images) != made.settings["n"]:
+        raise UserError(f"{path} has {len(images)} images and generated {made.settings['n']}: move the foreign ones elsewhere.")
     return Subject(
         name=name or made.model,
-        stored=ImageFolder(path),
+        stored=images,
+        count=len(images),
         steps=made.settings["steps"],
         guidance_scale=made.settings["guidance_scale"],
         resolution=None if resolution is None else (resolution[0], resolution[1]),

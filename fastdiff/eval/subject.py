@@ -48,6 +48,8 @@ class Subject:
     resolution: tuple[int, int] | None = None
     """Height and width of its images in pixels."""
     device: str | torch.device = "cpu"
+    count: int | None = None
+    """How many stored images there are; None where more can be drawn."""
     prompts_sha256: str = ""
     """Of the prompts that stored images were drawn for (``prompts_hash``); empty where nobody knows."""
     known: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +76,9 @@ class Subject:
         }
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """``UserError`` when stored images were drawn for other prompts: a caption would be scored on another's image."""
+        """``UserError`` when stored images are fewer than ``prompts``, or were drawn for others: image i is not of prompt i."""
+        if self.count is not None and len(prompts) > self.count:
+            raise UserError(f"{self.name} has {self.count} images, and {len(prompts)} are asked for: take fewer, or generate more.")
         if self.prompts_sha256 not in ("", prompts_hash(prompts)):
             raise UserError(
                 f"the images of {self.name} were drawn for other prompts than these {len(prompts)} (their SHA-256 differ), so "

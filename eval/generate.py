@@ -12,7 +12,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from fastdiff.data.fashion import random_captions
-from fastdiff.eval.generate import Generation, generate
+from fastdiff.eval.generate import generate
+from fastdiff.eval.generation import Generation
 from fastdiff.eval.sources import open_source
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdiff.eval.generate import Generation, generate
+from fastdiff.eval.generate import generate
+from fastdiff.eval.generation import Generation
 from fastdiff.eval.subject import Subject
 
 N, BATCH = 11, 3  # blocks of 3, 3, 3 and 2

@@ -15,7 +15,7 @@ changes images by the rounding of the arithmetic only, in 8 bits by one level he
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,68 +26,11 @@ from torch import Tensor, nn
 from fastdiff.data.images import to_uint8
 from fastdiff.errors import UserError
 from fastdiff.eval.cost import count_calls
+from fastdiff.eval.generation import FORMAT, HEADER, Generation, image_path, read_json
 from fastdiff.eval.subject import Subject, checked, prompts_hash
 from fastdiff.files import aside
 
-FORMAT, HEADER, MOST = "fastdiff-images-1", "generation.json", 10**6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """A generated folder: its settings, and what its images cost so far."""
-
-    folder: Path
-    model: str
-    settings: Mapping[str, Any]
-    """All that decides the images: identity, n, prompts_sha256, seed, steps, guidance_scale, resolution, noise, image."""
-    sizes: Mapping[str, Any]
-    """parameters_m, pipeline_parameters_m and size_mb of the model."""
-    drawn: int
-    """Images that were drawn and timed; redrawn ones count again."""
-    calls: int | None
-    """Rows that passed the denoiser for them; None where no network was known."""
-    seconds: float
-    """Time spent in drawing, summed over the processes."""
-
-    @classmethod
-    def open(cls, folder: str | Path) -> "Generation":
-        """Read the header and the costs of all ranks; ``UserError`` when there is none or it is another format."""
-        path = Path(folder)
-        if not (path / HEADER).is_file():
-            raise UserError(f"{path} has no {HEADER}: it was not written by fastdiff, so its model, seed and prompts are unknown.")
-        facts = _read(path / HEADER)
-        if facts.get("format") != FORMAT:
-            raise UserError(f"{path / HEADER} says format {facts.get('format')!r}: expected {FORMAT!r}.")
-        costs = [_read(file) for file in sorted(path.glob("generation-cost-*.json"))]
-        calls = [cost["calls"] for cost in costs]
-        return cls(
-            folder=path,
-            model=facts["model"],
-            settings=facts["settings"],
-            sizes=facts["sizes"],
-            drawn=sum(cost["drawn"] for cost in costs),
-            calls=None if not calls or None in calls else sum(calls),
-            seconds=sum(cost["seconds"] for cost in costs),
-        )
-
-    @property
-    def nfe(self) -> float | None:
-        """Network calls an image, measured."""
-        return None if self.calls is None else self.calls / self.drawn
-
-    @property
-    def images_per_s(self) -> float | None:
-        """Images a second of one process, without the writing of files; k processes make about k times as many."""
-        return self.drawn / self.seconds if self.seconds else None
-
-    @property
-    def known(self) -> dict[str, Any]:
-        """The cost columns of a ``Result``."""
-        return {"nfe": self.nfe, "images_per_s": self.images_per_s, **self.sizes}
-
-    def missing(self) -> list[int]:
-        """Indices whose image is not there."""
-        return [i for i in range(self.settings["n"]) if not image_path(self.folder, i).is_file()]
+MOST = 10**6
 
 
 def generate(
@@ -107,7 +50,7 @@ def generate(
         prompts: of all images; image i is of ``prompts[i]``.
         seed: of the noise.
         rank, world_size: this process and their number, such as accelerate's ``PartialState`` tells. Nothing waits for the others.
-        progress: called with the number of images of the share that are finished, those found there first.
+        progress: called with the number of images of the share that are finished, found or drawn.
 
     Raises:
         UserError: the folder holds images of other settings, which are named, or of unknown origin; the subject is stored.
@@ -136,11 +79,6 @@ def generate(
         if progress:
             progress(len(ids))
     return written
-
-
-def image_path(folder: str | Path, index: int) -> Path:
-    """Where image ``index`` is."""
-    return Path(folder) / f"{index:06d}.png"
 
 
 def settings_of(subject: Subject, prompts: Sequence[str], seed: int) -> dict[str, Any]:
@@ -188,14 +126,6 @@ def _write(image: Tensor, path: Path) -> None:
         Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().numpy()).save(part, format="PNG")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON: {error}. Delete the folder and generate again.") from error
-    return dict(found)
-
-
 @dataclass(kw_only=True)
 class _Cost:
     """What this rank has drawn in this folder, now and in earlier runs."""
@@ -208,7 +138,7 @@ class _Cost:
     @classmethod
     def read(cls, folder: Path, rank: int) -> "_Cost":
         path = folder / f"generation-cost-{rank:05d}.json"
-        return cls(path=path, **_read(path)) if path.is_file() else cls(path=path)
+        return cls(path=path, **read_json(path)) if path.is_file() else cls(path=path)
 
     def draw(self, subject: Subject, prompts: Sequence[str], seed: int, ids: list[int]) -> Tensor:
         network, began = nn.Identity() if subject.network is None else subject.network, time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.eval.generate import HEADER, Generation
+from fastdiff.eval.generation import HEADER, Generation
 from fastdiff.eval.images import SUFFIXES, ImageFolder
 from fastdiff.eval.pipeline import pipeline_subject
 from fastdiff.eval.subject import Subject

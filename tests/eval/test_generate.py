@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastdiff.data.fashion import random_captions
 from fastdiff.errors import UserError
-from fastdiff.eval.generate import Generation, generate, image_path
+from fastdiff.eval.generate import generate
+from fastdiff.eval.generation import Generation, image_path
 from fastdiff.eval.pipeline import pipeline_subject
 from fastdiff.eval.subject import Subject, prompts_hash
 

@@ -121,7 +121,8 @@ def drawn(prompts: Sequence[str], n: int) -> list[str]:
 
 
 def _costs(students: dict[str, Any], teacher: Any, measuring: Measuring, prompts: list[str], seed: int) -> "list[Result]":
-    from fastdiff.eval.evaluate import evaluate, pipeline_subject
+    from fastdiff.eval.evaluate import evaluate
+    from fastdiff.eval.pipeline import pipeline_subject
 
     steps = measuring.teacher_steps if teacher is not None else ()
     scale = measuring.teacher_guidance_scale

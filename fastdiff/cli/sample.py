@@ -35,9 +35,9 @@ class Options:
     guidance_scale: float | None = None
     """Classifier-free guidance, 1 is off; not needed for a student."""
     seed: int = 0
-    """Seed of the initial noise."""
+    """Seed of the noise; each image has its own, as in `fastdiff eval`."""
     batch_size: int = 16
-    """Images per call."""
+    """Images per call; it does not change them."""
     device: str = "auto"
     """cpu, cuda, mps or auto."""
 
@@ -57,15 +57,19 @@ def check(options: Options) -> None:
 
 
 def draw(pipeline: Any, options: Options) -> "Tensor":
-    """The images [N, 3, H, W] of all prompts in order, from one seeded stream of noise."""
+    """The images [N, 3, H, W] of all prompts in order; image i's randomness depends on the seed and i alone."""
     import torch
+
+    from fastdiff.eval.noise import generators
 
     chosen = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
     call = {name: value for name, value in chosen.items() if value is not None}
-    generator = torch.Generator().manual_seed(options.seed)
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
-    parts = [prompts[start : start + options.batch_size] for start in range(0, len(prompts), options.batch_size)]
-    return torch.cat([pipeline(part, generator=generator, output_type="pt", **call).images for part in parts])
+    images = []
+    for ids in torch.arange(len(prompts)).split(options.batch_size):
+        noise = generators(options.seed, ids.tolist())
+        images.append(pipeline([prompts[i] for i in ids], generator=noise, output_type="pt", **call).images)
+    return torch.cat(images)
 
 
 def run(argv: Sequence[str]) -> int:

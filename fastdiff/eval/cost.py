@@ -1,10 +1,14 @@
-"""What an image costs: network calls, latency, throughput, memory. All measured, none assumed.
+"""What an image costs: network calls, latency, throughput, memory, energy, size. All measured, none assumed.
 
 A network call is one pass of one image through the denoiser. Calls are counted by a hook on the network itself, so
 whatever the pipeline does inside (guidance, several steps, a scheduler of second order) is in the figure; a guided step
 passes a batch of 2B through the network and counts two an image.
+
+Energy is the GPU driver's own counter, read through ``pynvml`` (package ``nvidia-ml-py``). Where that module, a GPU or the
+counter (before Volta) is missing, as on every CPU, there is no figure, and its column is None.
 """
 
+import importlib
 import resource
 import sys
 import time
@@ -17,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MIB = 2**20
+MIB, MB = 2**20, 10**6
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -112,6 +116,62 @@ def peak_memory(device: str | torch.device = "cpu") -> Iterator[Memory]:
             memory.peak_mib = torch.cuda.max_memory_allocated(device) / MIB
         else:
             memory.peak_mib = _resident_peak_mib() if resettable else _lifetime_peak_mib()
+
+
+@dataclass
+class Energy:
+    """``joules``: what the whole board used inside the block, idle power and other programs included; None if unknown."""
+
+    joules: float | None = None
+
+
+@contextmanager
+def energy(device: str | torch.device = "cpu", *, meter: Callable[[], float] | None = None) -> Iterator[Energy]:
+    """The energy used inside the block in joules, or None where no meter is.
+
+    Args:
+        meter: a running total in joules; None takes the driver's of ``device``. It steps about every 0.1 s: measure seconds.
+    """
+    used, read = Energy(), meter or _board_meter(torch.device(device))
+    before = None if read is None else read()
+    yield used
+    if read is not None and before is not None:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        used.joules = read() - before
+
+
+def _board_meter(device: torch.device) -> Callable[[], float] | None:
+    """NVML's running total of a CUDA device in joules; None without a GPU, pynvml or the counter."""
+    if device.type != "cuda":
+        return None
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid  # CUDA's numbers are not NVML's
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except nvml.NVMLError:
+        return None
+
+    def read() -> float:
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+
+    return read
+
+
+def parameters_m(*networks: nn.Module) -> float:
+    """Millions of parameters of all ``networks``, a shared one counted once. Quantised weights count as they are stored."""
+    return sum({id(p): p.numel() for network in networks for p in network.parameters()}.values()) / 1e6
+
+
+def size_mb(*paths: Path) -> float:
+    """Size on disk in 10^6 bytes of files and of all files below folders, links followed and no file counted twice."""
+    files = {file.resolve() for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
+    return sum(file.stat().st_size for file in files) / MB
 
 
 def _reset_resident_peak() -> bool:

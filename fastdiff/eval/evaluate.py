@@ -1,44 +1,35 @@
 """One row a generator: quality and cost of the same prompts from the same noise.
 
 ``evaluate`` knows no diffusers and no protocol: a ``Subject`` draws images, a ``Metric`` turns images and captions into
-named numbers, and the cost columns are measured around the drawing. ``pipeline_subject`` makes a subject of a diffusers
-pipeline; ``fastdiff.eval.fashion`` is the protocol of the bundled world.
+named numbers, and the cost columns are measured around the drawing. ``fastdiff.eval.sources`` makes a subject of a folder or
+a hub id; ``fastdiff.eval.fashion`` is the protocol of the bundled world.
 
 >>> subject = pipeline_subject("teacher", pipeline, steps=25, guidance_scale=3.0)
 >>> evaluate(subject, prompts, lambda images, captions: {"brightness": images.mean().item()}).row()
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.eval.cost import count_calls, latency, network_of, peak_memory
+from fastdiff.eval.cost import count_calls, energy, latency, peak_memory
+from fastdiff.eval.subject import Subject, checked
 
 Metric = Callable[[Tensor, list[str]], Mapping[str, float]]
-
-
-class Generate(Protocol):
-    """Draw one image a prompt; all randomness is the generator's, and its first draw is the initial noise."""
-
-    def __call__(self, prompts: list[str], generator: torch.Generator) -> Tensor: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """Something that draws: images [B, 3, H, W] in [0, 1] on the CPU for B prompts and a seeded CPU generator."""
-
-    name: str
-    generate: Generate
-    network: nn.Module | None = None
-    """The network whose calls are counted."""
-    steps: int | None = None
-    guidance_scale: float | None = None
-    device: str | torch.device = "cpu"
+_COST = (
+    "latency_ms_p50",
+    "latency_ms_p95",
+    "images_per_s",
+    "peak_memory_mib",
+    "energy_j",
+    "parameters_m",
+    "pipeline_parameters_m",
+    "size_mb",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +48,14 @@ class Result:
     latency_ms_p95: float | None = None
     images_per_s: float | None = None
     peak_memory_mib: float | None = None
+    energy_j: float | None = None
+    """Joules an image, of the whole board in large batches; None where the driver does not tell."""
+    parameters_m: float | None = None
+    """Millions of parameters of the denoiser."""
+    pipeline_parameters_m: float | None = None
+    """Millions of parameters of all networks of the pipeline."""
+    size_mb: float | None = None
+    """10^6 bytes of the folder on disk; None for what lies in memory only."""
     images: Tensor = field(repr=False, compare=False)
     """[n, 3, H, W] in [0, 1], one for each of ``prompts``."""
     prompts: list[str] = field(repr=False, compare=False)
@@ -64,7 +63,7 @@ class Result:
     def row(self) -> dict[str, Any]:
         """The result without its images, for JSON."""
         before = {"model": self.model, "steps": self.steps, "nfe": self.nfe, "guidance_scale": self.guidance_scale}
-        after = {k: getattr(self, k) for k in ("latency_ms_p50", "latency_ms_p95", "images_per_s", "peak_memory_mib", "n")}
+        after = {k: getattr(self, k) for k in (*_COST, "n")}
         return {**before, **self.metrics, **after}
 
 
@@ -80,100 +79,62 @@ def evaluate(
 ) -> Result:
     """Draw an image for each prompt, score the images, and measure what they cost.
 
+    Stored images are read instead: their cost columns hold what was measured when they were drawn, if anything was.
+
     Args:
         metric: images [N, 3, H, W] and captions to named numbers, the quality columns of the row.
-        seed: batch i draws from ``noise(seed, i)``, so that subjects of equal latent shape share their initial noise.
-        batch_size: images a call, for throughput and peak memory; the latency is that of a single image.
+        seed: image i draws from ``noise.image_generator(seed, i)``, so that subjects of equal latent shape share their initial
+            noise and neither ``batch_size`` nor the number of processes changes an image.
+        batch_size: images a call, for throughput, energy and peak memory; the latency is that of a single image.
         repeats: timed single images.
         progress: called with the number of images that have just been finished.
 
     Raises:
         ValueError: the images are not finite, or leave [0, 1]: scores of such images would mean nothing.
+        UserError: stored images were drawn for other prompts.
     """
-    network = nn.Identity() if subject.network is None else subject.network
-    time_of_one = latency(lambda: subject.generate(prompts[:1], noise(seed, 0)), repeats=repeats, device=subject.device)
-    images, seconds = [], 0.0
-    with count_calls(network) as calls, peak_memory(subject.device) as memory:
-        for i, start in enumerate(range(0, len(prompts), batch_size)):
-            began, part = time.perf_counter(), prompts[start : start + batch_size]
-            images.append(subject.generate(part, noise(seed, i)))
-            seconds += time.perf_counter() - began
-            if progress:
-                progress(len(part))
-    drawn = checked(torch.cat(images), len(prompts), subject.name)
+    subject.check_prompts(prompts)
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
+    if subject.stored is None:
+        one = latency(lambda: subject.draw(prompts[:1], seed=seed, indices=[0]), repeats=repeats, device=subject.device)
+        drawn, cost = _measured(subject, prompts, **options)
+        cost |= {"latency_ms_p50": one.p50_ms, "latency_ms_p95": one.p95_ms}
+    else:
+        drawn, cost = torch.cat(list(_batches(subject, prompts, **options))), dict(subject.known)
+    drawn = checked(drawn, len(prompts), subject.name)
     return Result(
         model=subject.name,
         n=len(drawn),
         metrics=metric(drawn, prompts),
         steps=subject.steps,
-        nfe=None if subject.network is None else calls.nfe(len(drawn)),
         guidance_scale=subject.guidance_scale,
-        latency_ms_p50=time_of_one.p50_ms,
-        latency_ms_p95=time_of_one.p95_ms,
-        images_per_s=len(drawn) / seconds,
-        peak_memory_mib=memory.peak_mib,
         images=drawn,
         prompts=prompts,
+        **cost,
     )
 
 
-def noise(seed: int, batch: int) -> torch.Generator:
-    """The generator of batch ``batch``; its seed is hashed, so that no training run meets this noise by counting up."""
-    digest = hashlib.sha256(f"fastdiff.eval {seed} {batch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+def _measured(subject: Subject, prompts: list[str], **options: Any) -> tuple[Tensor, dict[str, Any]]:
+    network, began = nn.Identity() if subject.network is None else subject.network, time.perf_counter()
+    with count_calls(network) as calls, peak_memory(subject.device) as memory, energy(subject.device) as used:
+        images = list(_batches(subject, prompts, **options))
+        seconds = time.perf_counter() - began
+    n = len(prompts)
+    cost = {
+        "nfe": None if subject.network is None else calls.nfe(n),
+        "images_per_s": n / seconds,
+        "peak_memory_mib": memory.peak_mib,
+        "energy_j": None if used.joules is None else used.joules / n,
+        **subject.sizes(),
+    }
+    return torch.cat(images), cost
 
 
-def checked(images: Tensor, n: int, name: str) -> Tensor:
-    """``images`` in float32, or ``ValueError`` when they are not ``n`` RGB images of finite values in [0, 1]."""
-    if images.ndim != 4 or images.shape[:2] != (n, 3):
-        raise ValueError(f"{name} drew {tuple(images.shape)} for {n} prompts: expected [{n}, 3, H, W], one image a prompt.")
-    broken = (~images.isfinite()).flatten(1).any(dim=1).sum().item()
-    if broken:
-        raise ValueError(f"{broken} of {n} images of {name} are not finite: a diverged network, or half precision that overflows.")
-    low, high = images.min().item(), images.max().item()
-    if low < -1e-4 or high > 1 + 1e-4:
-        raise ValueError(
-            f"images of {name} lie in [{low:.3g}, {high:.3g}], not in [0, 1]: a missing (x + 1) / 2 shifts every score."
-        )
-    return images.float().clamp(0, 1)
-
-
-def initial_latents(pipeline: Any, n: int, generator: torch.Generator) -> Tensor:
-    """Standard normal latents [n, C, h, w] of the network's own size; ``ValueError`` when it names none."""
-    network: Any = network_of(pipeline)
-    size = network.config.get("sample_size")
-    if size is None:
-        raise ValueError(
-            f"{type(network).__name__} has no sample_size, so its latents have no known shape: write a Subject for it."
-        )
-    shape = (n, network.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    return torch.randn(shape, generator=generator).to(pipeline.device, network.dtype)
-
-
-def pipeline_subject(name: str, pipeline: Any, *, steps: int | None = None, guidance_scale: float | None = None) -> Subject:
-    """A diffusers text-to-image pipeline as a subject; without steps and guidance it is called bare.
-
-    The steps of a bare call, and whether it guides, are found by drawing one image.
-    """
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    chosen = {k: v for k, v in options.items() if v is not None}
-
-    def generate(prompts: list[str], generator: torch.Generator) -> Tensor:
-        latents = initial_latents(pipeline, len(prompts), generator)
-        images = pipeline(prompts, latents=latents, generator=generator, output_type="pt", **chosen).images
-        return images.float().cpu()
-
-    pipeline.set_progress_bar_config(disable=True)
-    with count_calls(network := network_of(pipeline)) as calls:
-        generate([""], noise(0, 0))
-    if guidance_scale is None and calls.samples == calls.forwards:
-        guidance_scale = 1.0
-    steps = steps or calls.forwards
-    return Subject(
-        name=f"{name} ({steps} step{'' if steps == 1 else 's'})",
-        generate=generate,
-        network=network,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        device=pipeline.device,
-    )
+def _batches(
+    subject: Subject, prompts: list[str], *, seed: int, batch_size: int, progress: Callable[[int], None] | None
+) -> Iterator[Tensor]:
+    for ids in torch.arange(len(prompts)).split(batch_size):
+        part = ids.tolist()
+        yield subject.draw(prompts[part[0] : part[-1] + 1], seed=seed, indices=part)
+        if progress:
+            progress(len(part))

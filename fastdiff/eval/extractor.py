@@ -74,13 +74,21 @@ class FeatureExtractor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Features [B, dim] of ``images`` [B, 3, H, W] in [0, 1], on the device of the network."""
-        device = next((p.device for p in self.network.parameters()), images.device)
+        return self.of_levels(self.preprocess(images.to(self._device(images)), self.size))
+
+    @torch.inference_mode()
+    def of_levels(self, levels: Tensor) -> Tensor:
+        """Features [B, dim] of the network's own input ``levels`` [B, 3, h, w] in [0, 255], preprocessed already."""
+        device = self._device(levels)
         self.network.eval()  # a parent's .train() reaches it, and batch norm would then depend on the batch
         with torch.autocast(device.type, enabled=False), _no_tf32():
-            found = self.network(self.preprocess(images.to(device), self.size))
-        if found.shape != (len(images), self.dim):
-            raise ValueError(f"{self.id} gave {tuple(found.shape)} for {len(images)} images: expected [{len(images)}, {self.dim}].")
+            found = self.network(levels.to(device))
+        if found.shape != (len(levels), self.dim):
+            raise ValueError(f"{self.id} gave {tuple(found.shape)} for {len(levels)} images: expected [{len(levels)}, {self.dim}].")
         return found.float()
+
+    def _device(self, images: Tensor) -> torch.device:
+        return next((p.device for p in self.network.parameters()), images.device)
 
     def features(self, images: Tensor, *, batch_size: int = 64, progress: Callable[[int], None] | None = None) -> Tensor:
         """Features [N, dim] of all ``images`` on the CPU; ``progress`` is called with the number of images just done."""

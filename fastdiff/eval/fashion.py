@@ -22,8 +22,9 @@ from fastdiff.data.fashion import ASSETS, GARMENTS, colourise, parse, random_cap
 from fastdiff.eval.attributes import attribute_score
 from fastdiff.eval.classifier import FashionClassifier
 from fastdiff.eval.clip import ClipScore
-from fastdiff.eval.evaluate import Metric, Result, evaluate, pipeline_subject
+from fastdiff.eval.evaluate import Metric, Result, evaluate
 from fastdiff.eval.frechet import FD, frechet
+from fastdiff.eval.pipeline import pipeline_subject
 from fastdiff.eval.stats import Score, Stats
 
 REFERENCE, REAL = ASSETS / "fashion-reference.safetensors", ASSETS / "fashion-real.safetensors"

@@ -53,9 +53,11 @@ class Protocol:
     """Of the file, or of the captions joined by newlines: lists of one name differ between papers."""
     seed: int | None = None
     noise: str = "image"
-    """What draws an image's noise: ``image`` a generator each, ``batch`` one a batch, ``stream`` one for all."""
+    """What draws an image's noise: ``image`` a generator each, ``batch`` one a batch, ``stream`` one for all.
+
+    Images drawn here are ``image``; the others describe published protocols."""
     noise_batch: int | None = None
-    """The batch size that is part of the noise where that is not ``image``."""
+    """The batch size that is part of the noise where that is not ``image``; with ``image`` it changes nothing and is refused."""
     resolution: int | None = None
     """Side of the generated images in pixels."""
     output_range: str = "[0, 1]"
@@ -94,6 +96,11 @@ class Protocol:
             raise UserError(f"n is {self.n}: a covariance needs 2 images or more.")
         if self.noise not in ("image", "batch", "stream"):
             raise UserError(f"noise is {self.noise!r}: expected 'image', 'batch' or 'stream'.")
+        if self.noise == "image" and self.noise_batch is not None:
+            raise UserError(
+                f"noise_batch is {self.noise_batch} and noise is 'image', which no batch changes: it would make equal scores "
+                "incomparable. Leave noise_batch out, or set noise to 'batch' or 'stream'."
+            )
         if unknown := set(self.recalled) - {item.name for item in fields(self)}:
             raise UserError(f"recalled names {', '.join(sorted(unknown))}, which a protocol has not.")
 

@@ -38,6 +38,10 @@ COLUMNS = {
     "latency_ms_p95": "ms (p95)",
     "images_per_s": "images/s",
     "peak_memory_mib": "peak MiB",
+    "energy_j": "J/image",
+    "parameters_m": "M params",
+    "pipeline_parameters_m": "M params (pipeline)",
+    "size_mb": "MB on disk",
     "n": "n",
 }
 _LIBRARIES = ("fastdiff", "torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "peft")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff.eval.cost import count_calls, latency, network_of, peak_memory
+from fastdiff.eval.cost import count_calls, energy, latency, network_of, parameters_m, peak_memory, size_mb
 
 PROMPTS = ["a red boot on a white background", "a blue bag on a pink background"]
 
@@ -73,3 +73,40 @@ def test_peak_memory_sees_what_was_freed_again_and_forgets_the_past():
     except OSError:
         pytest.skip("this system keeps one peak for the whole process")
     assert after.peak_mib < during.peak_mib - 90
+
+
+def test_energy_is_the_difference_of_a_meter_and_unknown_without_one():
+    readings = iter([5.0, 12.5])
+    with energy(meter=lambda: next(readings)) as used:
+        assert used.joules is None
+    assert used.joules == 7.5
+    with energy("cpu") as nothing:
+        pass
+    assert nothing.joules is None
+
+
+def test_the_drivers_energy_is_positive():
+    pytest.importorskip("pynvml")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    with energy("cuda") as used:
+        x = torch.randn(4096, 4096, device="cuda")
+        for _ in range(200):
+            x = torch.nn.functional.normalize(x @ x)
+    assert used.joules is None or used.joules > 0  # None on boards without the counter
+
+
+def test_shared_parameters_count_once_and_buffers_do_not():
+    a, b = nn.Linear(3, 4), nn.BatchNorm1d(4)
+    assert parameters_m(a) == (3 * 4 + 4) / 1e6
+    assert parameters_m(a, nn.Sequential(a, b)) == (3 * 4 + 4 + 2 * 4) / 1e6
+
+
+def test_size_on_disk_counts_every_file_once_through_links(tmp_path):
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    (tmp_path / "model" / "unet" / "weights").write_bytes(b"x" * 1500)
+    (tmp_path / "blob").write_bytes(b"x" * 700)
+    (tmp_path / "model" / "link").symlink_to(tmp_path / "blob")
+    (tmp_path / "model" / "again").symlink_to(tmp_path / "blob")
+    assert size_mb(tmp_path / "model") == 2200 / 1e6
+    assert size_mb(tmp_path / "model", tmp_path / "blob") == 2200 / 1e6

@@ -60,7 +60,8 @@ def test_rows_of_teacher_student_and_real(teacher, student, metric, bank):
     ]
     assert [r["nfe"] for r in rows] == [6, 2, 1, None]
     assert [r["guidance_scale"] for r in rows] == [2.0, 2.0, 1.0, None]
-    assert all(list(r) == [*KEYS.split(), "images_per_s", "peak_memory_mib", "n"] for r in rows)
+    costs = ["images_per_s", "peak_memory_mib", "energy_j", "parameters_m", "pipeline_parameters_m", "size_mb"]
+    assert all(list(r) == [*KEYS.split(), *costs, "n"] for r in rows)
     assert all(r["n"] == 12 and r["fd"] > 0 and r["fd_se"] > 0 for r in rows)
     assert results[0].prompts == results[3].prompts == random_captions(12, 0)
     assert [share for share, _ in shares] == sorted(share for share, _ in shares)

@@ -12,14 +12,14 @@ def levels(h: int, w: int, *, n: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, (n, 3, h, w), generator=torch.Generator().manual_seed(seed)).float()
 
 
-@pytest.mark.parametrize("size", [(48, 80), (299, 299), (400, 350)])
+@pytest.mark.parametrize("size", [(48, 80), (299, 299), (400, 350), (299, 700), (3, 5), (1023, 64)])
 def test_clean_is_pil_on_each_channel_in_float(size):
     x = levels(*size)
     found = Preprocess("clean")(x / 255, (299, 299))
     for image, ours in zip(x, found, strict=True):
         for plane, channel in zip(image, ours, strict=True):
             expected = np.asarray(Image.fromarray(plane.numpy(), mode="F").resize((299, 299), Image.Resampling.BICUBIC))
-            assert np.array_equal(expected.clip(0, 255), channel.numpy())
+            assert abs(expected.clip(0, 255) - channel.numpy()).max() < 2e-4
     if size != (299, 299):
         assert (found != found.round()).float().mean() > 0.5  # rounding again would move FID
 

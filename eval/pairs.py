@@ -17,7 +17,7 @@ def main(pairs: tyro.conf.Positional[Path], n: int = 2240) -> None:
     stored, every = load_file(pairs), captions()
     images = Teacher.from_pretrained("fashion").decode(stored["x0"][:n])
     scores = FashionMetrics.load()(images, [every[i] for i in stored["prompt"][:n].tolist()])
-    print({name: round(value, 4) for name, value in scores.items()})
+    print({name: round(value, 4) for name, value in scores.values.items()})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 ``fashion-reference.safetensors``: statistics of the classifier's features over the 10,000 photographs of the test
 split, each once, in random colours (seed 1). ``fashion-real.safetensors``: the first 250 photographs a garment of the
 same split, grey, 28x28, for the row of real images, which colours them as the prompts ask.
-``fashion-reference-features.safetensors``: features [7500, 32] in float16 and garments of the photographs that are not in that bank,
-for the scores that need features of their own: kernel distance, precision and its kin, each garment's distance.
+``fashion-reference-features.safetensors``: features [7500, 32] in float16 and garments of the photographs that are not in that
+bank, for the scores that need features of their own: kernel distance, precision and its kin, each garment's distance.
 
 python trainers/fashion_statistics.py --output fastdiff/assets
 """

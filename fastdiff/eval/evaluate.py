@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.eval.cost import count_calls, energy, latency, peak_memory
+from fastdiff.eval.frechet import FD
+from fastdiff.eval.scores import Scores
 from fastdiff.eval.subject import Subject, checked
 
-Metric = Callable[[Tensor, list[str]], Mapping[str, float]]
+Metric = Callable[[Tensor, list[str]], Mapping[str, float] | Scores]
 _COST = (
     "latency_ms_p50",
     "latency_ms_p95",
@@ -56,15 +58,20 @@ class Result:
     """Millions of parameters of all networks of the pipeline."""
     size_mb: float | None = None
     """10^6 bytes of the folder on disk; None for what lies in memory only."""
+    groups: Mapping[str, FD] = field(default_factory=dict)
+    """The Frechet distance of each class."""
+    features: Tensor | None = field(default=None, repr=False, compare=False)
+    """[n, d]: rows of two results of the same prompts and seed pair."""
     images: Tensor = field(repr=False, compare=False)
     """[n, 3, H, W] in [0, 1], one for each of ``prompts``."""
     prompts: list[str] = field(repr=False, compare=False)
 
     def row(self) -> dict[str, Any]:
-        """The result without its images, for JSON."""
+        """The result without its images and features, for JSON; ``groups`` holds value and standard error of each class."""
         before = {"model": self.model, "steps": self.steps, "nfe": self.nfe, "guidance_scale": self.guidance_scale}
         after = {k: getattr(self, k) for k in (*_COST, "n")}
-        return {**before, **self.metrics, **after}
+        groups = {name: [distance.value, distance.se] for name, distance in self.groups.items()}
+        return {**before, **self.metrics, **after, **({"groups": groups} if groups else {})}
 
 
 def evaluate(
@@ -82,7 +89,7 @@ def evaluate(
     Stored images are read instead: their cost columns hold what was measured when they were drawn, if anything was.
 
     Args:
-        metric: images [N, 3, H, W] and captions to named numbers, the quality columns of the row.
+        metric: images [N, 3, H, W] and captions to named numbers, the quality columns of the row, or to ``Scores``.
         seed: image i draws from ``noise.image_generator(seed, i)``, so that subjects of equal latent shape share their initial
             noise and neither ``batch_size`` nor the number of processes changes an image.
         batch_size: images a call, for throughput, energy and peak memory; the latency is that of a single image.
@@ -102,15 +109,21 @@ def evaluate(
     else:
         drawn, cost = torch.cat(list(_batches(subject, prompts, **options))), dict(subject.known)
     drawn = checked(drawn, len(prompts), subject.name)
+    return scored(metric, drawn, prompts, model=subject.name, steps=subject.steps, guidance_scale=subject.guidance_scale, **cost)
+
+
+def scored(metric: Metric, images: Tensor, prompts: list[str], **facts: Any) -> Result:
+    """The result of images that are there; ``facts`` are further fields of it, ``model`` among them."""
+    found = metric(images, prompts)
+    scores = found if isinstance(found, Scores) else Scores(values=found)
     return Result(
-        model=subject.name,
-        n=len(drawn),
-        metrics=metric(drawn, prompts),
-        steps=subject.steps,
-        guidance_scale=subject.guidance_scale,
-        images=drawn,
+        n=len(images),
+        metrics=scores.values,
+        groups=scores.groups,
+        features=scores.features,
+        images=images,
         prompts=prompts,
-        **cost,
+        **facts,
     )
 
 

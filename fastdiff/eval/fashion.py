@@ -22,10 +22,11 @@ from fastdiff.data.fashion import ASSETS, GARMENTS, colourise, parse, random_cap
 from fastdiff.eval.attributes import attribute_score
 from fastdiff.eval.classifier import FashionClassifier
 from fastdiff.eval.clip import ClipScore
-from fastdiff.eval.evaluate import Metric, Result, evaluate
-from fastdiff.eval.frechet import FD, frechet
+from fastdiff.eval.duplicates import duplicates
+from fastdiff.eval.evaluate import Metric, Result, evaluate, scored
 from fastdiff.eval.pipeline import pipeline_subject
-from fastdiff.eval.stats import Score, Stats
+from fastdiff.eval.scores import FeatureReference, Scores, feature_scores
+from fastdiff.eval.stats import Stats
 
 REFERENCE, REAL = ASSETS / "fashion-reference.safetensors", ASSETS / "fashion-real.safetensors"
 FEATURES = ASSETS / "fashion-reference-features.safetensors"
@@ -48,23 +49,30 @@ def features(images: Tensor, classifier: FashionClassifier, *, batch_size: int =
 
 @dataclass(frozen=True)
 class FashionMetrics:
-    """FD[fashion], CLIP score and attribute score, each with its standard error."""
+    """All scores of the classifier's features, CLIP score and attribute score, and the distance of each garment.
+
+    ``n_duplicates`` counts perceptual duplicates, where a collapse shows first.
+    """
 
     classifier: FashionClassifier
-    reference: Stats
+    reference: FeatureReference
     clip: ClipScore
 
     @classmethod
     def load(cls) -> "FashionMetrics":
-        """The bundled networks and reference statistics."""
-        return cls(FashionClassifier.load(), Stats.load(REFERENCE), ClipScore())
+        """The bundled networks and reference; its features are of photographs that no row of real images shows."""
+        stored = load_file(FEATURES)
+        garments = [GARMENTS[i] for i in stored["garment"].tolist()]
+        reference = FeatureReference.of(Stats.load(REFERENCE), features=stored["features"].float(), groups=garments)
+        return cls(FashionClassifier.load(), reference, ClipScore())
 
-    def __call__(self, images: Tensor, captions: list[str]) -> dict[str, float]:
-        found = features(images, self.classifier)
-        fd = frechet(Stats.of(found, extractor=extractor_name(self.classifier)), self.reference, features=found)
+    def __call__(self, images: Tensor, captions: list[str]) -> Scores:
+        garments = [GARMENTS[parse(caption).garment] for caption in captions]
+        found, name = features(images, self.classifier), extractor_name(self.classifier)
+        scores = feature_scores(found, self.reference, extractor=name, groups=garments)
         clip, attribute = self.clip(images, captions), attribute_score(images, captions, self.classifier)
-        scores: dict[str, FD | Score] = {"fd": fd, "clip": clip, "attributes": attribute}
-        return {k: v for name, s in scores.items() for k, v in ((name, s.value), (f"{name}_se", s.se))}
+        of_captions = {"clip": clip.value, "clip_se": clip.se, "attributes": attribute.value, "attributes_se": attribute.se}
+        return scores | {**of_captions, "n_duplicates": duplicates(images)}
 
 
 def real_images(prompts: list[str], *, bank: str | Path = REAL) -> Tensor:
@@ -126,7 +134,7 @@ def fashion_rows(
         results.append(evaluate(subject, prompts, metric, seed=seed, batch_size=batch_size, repeats=repeats, progress=bar))
     return [
         *results,
-        Result(model="real (held-out)", n=n, metrics=metric(held_out, prompts), images=held_out, prompts=prompts),
+        scored(metric, held_out, prompts, model="real (held-out)"),
     ]
 
 

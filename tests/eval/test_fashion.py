@@ -2,13 +2,14 @@ from collections import Counter
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from fastdiff.data.fashion import parse, random_captions
+from fastdiff.data.fashion import GARMENTS, parse, random_captions
 from fastdiff.eval.attributes import background_colour, foreground_colour
 from fastdiff.eval.classifier import FashionClassifier
 from fastdiff.eval.clip import ClipScore
 from fastdiff.eval.fashion import REAL, REFERENCE, FashionMetrics, extractor_name, fashion_rows, features, real_images
+from fastdiff.eval.scores import FeatureReference
 from fastdiff.eval.stats import Stats
 
 KEYS = "model steps nfe guidance_scale fd fd_se clip clip_se attributes attributes_se latency_ms_p50 latency_ms_p95"
@@ -23,8 +24,11 @@ def classifier() -> FashionClassifier:
 @pytest.fixture(scope="module")
 def metric(classifier, clip_folder) -> FashionMetrics:
     images = torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    reference = Stats.of(features(images, classifier), extractor=extractor_name(classifier))
-    return FashionMetrics(classifier, reference, ClipScore(clip_folder))
+    return FashionMetrics(classifier, FeatureReference.of(stats_of(images, classifier)), ClipScore(clip_folder))
+
+
+def stats_of(images: torch.Tensor, classifier: FashionClassifier) -> Stats:
+    return Stats.of(features(images, classifier), extractor=extractor_name(classifier))
 
 
 @pytest.fixture
@@ -61,7 +65,8 @@ def test_rows_of_teacher_student_and_real(teacher, student, metric, bank):
     assert [r["nfe"] for r in rows] == [6, 2, 1, None]
     assert [r["guidance_scale"] for r in rows] == [2.0, 2.0, 1.0, None]
     costs = ["images_per_s", "peak_memory_mib", "energy_j", "parameters_m", "pipeline_parameters_m", "size_mb"]
-    assert all(list(r) == [*KEYS.split(), *costs, "n"] for r in rows)
+    own = "fd_mean fd_cov n_duplicates"
+    assert all(set(r) == {*KEYS.split(), *own.split(), *costs, "n"} for r in rows)
     assert all(r["n"] == 12 and r["fd"] > 0 and r["fd_se"] > 0 for r in rows)
     assert results[0].prompts == results[3].prompts == random_captions(12, 0)
     assert [share for share, _ in shares] == sorted(share for share, _ in shares)
@@ -78,10 +83,28 @@ def test_several_students_without_teacher(student, metric, bank):
 
 def test_metrics_of_the_reference_images_themselves(classifier, clip_folder):
     images, texts = torch.rand(50, 3, 32, 32, generator=torch.Generator().manual_seed(1)), random_captions(50, 0)
-    reference = Stats.of(features(images, classifier), extractor=extractor_name(classifier))
+    own, garments = features(images, classifier), [GARMENTS[parse(text).garment] for text in texts]
+    reference = FeatureReference.of(stats_of(images, classifier), features=own, groups=garments)
     scores = FashionMetrics(classifier, reference, ClipScore(clip_folder))(images, texts)
-    assert scores["fd"] == pytest.approx(0, abs=1e-9)
-    assert list(scores) == ["fd", "fd_se", "clip", "clip_se", "attributes", "attributes_se"]
+    values = scores.values
+    assert values["fd"] == pytest.approx(0, abs=1e-9)
+    assert {name: values[name] for name in ("precision", "recall", "coverage")} == dict(precision=1, recall=1, coverage=1)
+    assert {"clip", "clip_se", "attributes", "attributes_se", "kid", "fd_mean", "n_duplicates"} <= values.keys()
+    assert torch.equal(scores.features, own)
+    assert scores.groups.keys() == {g for g in garments if garments.count(g) > 1}
+    assert max(distance.value for distance in scores.groups.values()) < 1e-6
+
+
+def test_the_bundled_reference_is_of_other_photographs_than_the_row_of_real_images() -> None:
+    metric, bank = FashionMetrics.load(), load_file(REAL)
+    assert metric.reference.features.shape == (7500, 32)
+    assert Counter(metric.reference.groups) == dict.fromkeys(GARMENTS, 750)
+    assert len(bank["grey"]) == 2500
+    mean = Stats.of(metric.reference.features, extractor="x").mean
+    every = metric.reference.stats
+    assert every.n == 10_000
+    spread = every.cov().diagonal().sqrt()
+    assert ((mean - every.mean).abs() <= 5 * spread * (1 / 7500 - 1 / 10_000) ** 0.5).all()
 
 
 def test_a_reference_of_another_classifier_is_refused(metric, clip_folder):

@@ -76,7 +76,7 @@ class FeatureExtractor:
         """Features [B, dim] of ``images`` [B, 3, H, W] in [0, 1], on the device of the network."""
         device = next((p.device for p in self.network.parameters()), images.device)
         self.network.eval()  # a parent's .train() reaches it, and batch norm would then depend on the batch
-        with torch.autocast(device.type, enabled=False), _no_tf32():
+        with torch.autocast(device.type, enabled=False), no_tf32():
             found = self.network(self.preprocess(images.to(device), self.size))
         if found.shape != (len(images), self.dim):
             raise ValueError(f"{self.id} gave {tuple(found.shape)} for {len(images)} images: expected [{len(images)}, {self.dim}].")
@@ -93,7 +93,7 @@ class FeatureExtractor:
 
 
 @contextmanager
-def _no_tf32() -> Iterator[None]:
+def no_tf32() -> Iterator[None]:
     """Ten bits of mantissa in a GPU's convolutions move FD; two machines would then disagree."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

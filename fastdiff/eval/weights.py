@@ -6,9 +6,11 @@ another one: a truncated or replaced file would give features that look like fea
 
 import hashlib
 import os
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +28,8 @@ class WeightFile:
     url: str
     size: str
     sha256: tuple[str, ...] = ()
+    repo: str = ""
+    """The Hugging Face repository that holds it, whose cache is looked into before torch's."""
 
     def find(self, path: str | Path | None = None, *, allow_download: bool = False, verify: bool = True) -> tuple[Path, bool]:
         """The file, and whether it is the published one.
@@ -56,9 +60,11 @@ class WeightFile:
             given = Path(path).expanduser()
             yield from (given / name for name in self.names) if given.is_dir() else (given,)
             return
-        for folder in (os.environ.get(FOLDER), _torch_cache()):
-            if folder:
-                yield from (Path(folder).expanduser() / name for name in self.names)
+        if folder := os.environ.get(FOLDER):
+            yield from (Path(folder).expanduser() / name for name in self.names)
+        if self.repo:
+            yield from _hub_cache(self.repo, self.names)
+        yield from (_torch_cache() / name for name in self.names)
 
     def _published(self, file: Path, *, required: bool) -> bool:
         if not self.sha256:
@@ -107,6 +113,21 @@ def find_folder(name: str, path: str | Path | None = None, *, allow_download: bo
     )
 
 
+def load_state(file: str | Path) -> dict[str, Any]:
+    """What a safetensors file or a ``torch.save`` of tensors holds, on the CPU; ``UserError`` for a pickle of anything else."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if Path(file).suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} holds no plain tensors: {reason} It is damaged or holds code; fetch it again.") from error
+
+
 def sha256(file: str | Path) -> str:
     """SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
@@ -127,6 +148,14 @@ def state_digest(network: nn.Module) -> str:
             continue
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:8]
+
+
+def _hub_cache(repo: str, names: tuple[str, ...]) -> Iterator[Path]:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        if isinstance(found := try_to_load_from_cache(repo, name), str):
+            yield Path(found)
 
 
 def _torch_cache() -> Path:

@@ -51,8 +51,11 @@ def preference_metric(scores: Sequence[PreferenceScore], *, batch_size: int = 64
     return metric
 
 
-def folder_row(folder: str | Path, captions: Sequence[str], scores: Sequence[PreferenceScore]) -> dict[str, Any]:
+def folder_row(folder: str | Path, captions: str | Path | Sequence[str], scores: Sequence[PreferenceScore]) -> dict[str, Any]:
     """The row of the images in ``folder``, in the order of their names, which may differ in size.
+
+    Args:
+        captions: one an image, or a text file with one a line.
 
     Returns:
         ``n``, ``<name>`` and ``<name>_se`` of each score, and ``conventions`` by name.
@@ -60,6 +63,8 @@ def folder_row(folder: str | Path, captions: Sequence[str], scores: Sequence[Pre
     Raises:
         UserError: no folder, no images in it, not as many as captions, or one of them cannot be read.
     """
+    if isinstance(captions, str | Path):
+        captions = read_lines(captions)
     files = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in SUFFIXES)
     if len(files) != len(captions) or not files:
         kinds = ", ".join(SUFFIXES)
@@ -71,6 +76,14 @@ def folder_row(folder: str | Path, captions: Sequence[str], scores: Sequence[Pre
             found[score.name].append(score(image, [caption]))
     columns = _columns({name: torch.cat(values) for name, values in found.items()})
     return {"n": len(files), **columns, "conventions": {score.name: score.conventions for score in scores}}
+
+
+def read_lines(file: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file, empty ones as well; ``UserError`` when it cannot be read."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the captions' file {file}: {error}. Pass a UTF-8 text, one caption a line.") from error
 
 
 def read_image(file: str | Path) -> Tensor:

@@ -29,9 +29,7 @@ def dpg_bench(source: str | Path) -> Plan:
     prompts = {file.stem: read_text(file, "DPG-Bench's folder dpg_bench/prompts").strip() for file in files}
     for item, prompt in prompts.items():
         if "." in item or not prompt:
-            raise UserError(
-                f"{item}.txt in {source} is empty, or its name has a dot: DPG-Bench reads item ids up to the first dot."
-            )
+            raise UserError(f"{item}.txt in {source} is empty or has a dot in its name: DPG-Bench reads ids up to the first.")
     if not prompts:
         raise UserError(f"{source} holds no *.txt: pass DPG-Bench's folder dpg_bench/prompts.")
     pieces = [

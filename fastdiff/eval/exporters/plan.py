@@ -111,9 +111,7 @@ def file_name(prompt: str, ending: str, *, benchmark: str) -> str:
     """
     name = f"{prompt}{ending}"
     if not prompt.strip() or any(character in prompt for character in "/\0\n\r"):
-        raise UserError(
-            f"{benchmark} reads prompts off file names: {prompt!r} is empty or holds a slash or line break, so change it."
-        )
+        raise UserError(f"{benchmark} reads prompts off file names: {prompt!r} is empty or holds a slash or line break.")
     if len(name.encode()) > _NAME_BYTES:
         raise UserError(
             f"{benchmark} reads prompts off file names, and {prompt[:40]!r}... makes one of {len(name.encode())} bytes, over "

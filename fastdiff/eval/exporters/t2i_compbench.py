@@ -3,8 +3,8 @@
     <folder>/samples/<prompt>_000000.png   ten images a prompt, numbered over the whole file
 
 (Huang et al., "T2I-CompBench: a comprehensive benchmark for open-world compositional text-to-image generation", NeurIPS 2023
-datasets and benchmarks, arXiv:2307.06350.) Layout read in ``Karine-Huang/T2I-CompBench``: ``GORS_finetune/inference_eval.py`` (names,
-ten images, the part of a line before a tab); ``BLIPvqa_eval/BLIP_vqa.py``, ``CLIPScore_eval/CLIP_similarity.py``,
+datasets and benchmarks, arXiv:2307.06350.) Layout read in ``Karine-Huang/T2I-CompBench``: ``GORS_finetune/inference_eval.py``
+(names, ten images, the part of a line before a tab); ``BLIPvqa_eval/BLIP_vqa.py``, ``CLIPScore_eval/CLIP_similarity.py``,
 ``UniDet_eval/2D_spatial_eval.py`` and ``numeracy_eval.py`` (prompt = name up to the first underscore, key = the number behind the
 last); ``3_in_1_eval/3_in_1.py`` (ten images a line of ``complex_val.txt``, in its order). One folder holds one prompts' file.
 """

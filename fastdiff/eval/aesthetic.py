@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.eval.preference import PreferenceScore, cropped, normalised, pooled
-from fastdiff.eval.weights import WeightFile, find_folder, load_state
+from fastdiff.eval.weights import MODEL_FILES, WeightFile, find_folder, load_state
 
 CLIP = "openai/clip-vit-large-patch14"
 FILE = WeightFile(
@@ -47,7 +47,7 @@ class Aesthetic(PreferenceScore):
         from transformers import AutoModel
 
         path, _ = FILE.find(weights, allow_download=allow_download)
-        folder = find_folder(CLIP, clip, allow_download=allow_download)
+        folder = find_folder(CLIP, clip, allow_download=allow_download, only=MODEL_FILES)
         head = linear_stack(load_state(path), "layers.", path)
         clip_model = AutoModel.from_pretrained(folder, local_files_only=True)
         width = getattr(clip_model.config, "projection_dim", None)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastdiff.errors import UserError
 from fastdiff.eval.aesthetic import linear_stack
 from fastdiff.eval.preference import PreferenceScore, cropped, normalised
-from fastdiff.eval.weights import WeightFile, find_folder, load_state
+from fastdiff.eval.weights import TOKENIZER_FILES, WeightFile, find_folder, load_state
 
 MEAN, SD = 0.16717362830052426, 1.0333394966054072
 TOKENS, HEAD = 35, 64
@@ -61,7 +61,7 @@ class ImageReward(PreferenceScore):
         from transformers import BertTokenizer
 
         path, _ = FILE.find(weights, allow_download=allow_download)
-        words = find_folder(TOKENIZER, tokenizer, allow_download=allow_download)
+        words = find_folder(TOKENIZER, tokenizer, allow_download=allow_download, only=TOKENIZER_FILES)
         network = Reward(load_state(path), path)
         self.tokenizer: Any = BertTokenizer.from_pretrained(words, local_files_only=True)
         self.side: int = network.side

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiff.errors import UserError
 from fastdiff.eval.encoders import ImageStatistics
 from fastdiff.eval.preference import PreferenceScore, cosines, cropped, normalised, pooled
-from fastdiff.eval.weights import find_folder
+from fastdiff.eval.weights import MODEL_FILES, TOKENIZER_FILES, find_folder
 
 REPO = "yuvalkirstain/PickScore_v1"
 
@@ -42,8 +42,8 @@ class PickScore(PreferenceScore):
     ) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        folder = find_folder(REPO, weights, allow_download=allow_download)
-        texts = folder if processor is None else find_folder(str(processor), allow_download=allow_download)
+        folder = find_folder(REPO, weights, allow_download=allow_download, only=MODEL_FILES)
+        texts = folder if processor is None else find_folder(str(processor), allow_download=allow_download, only=TOKENIZER_FILES)
         if not any((texts / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
             raise UserError(f"{texts} has no tokenizer: pass processor=FOLDER of the CLIP model that PickScore was tuned from.")
         statistics = ImageStatistics(texts)

@@ -7,7 +7,7 @@ another one: a truncated or replaced file would give features that look like fea
 import hashlib
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from fastdiff.errors import UserError
 from fastdiff.files import aside
 
 FOLDER = "FASTDIFF_WEIGHTS"
+TOKENIZER_FILES = ("*.json", "*.txt")
+MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +89,13 @@ class WeightFile:
         return target
 
 
-def find_folder(name: str, path: str | Path | None = None, *, allow_download: bool = False) -> Path:
+def find_folder(
+    name: str, path: str | Path | None = None, *, allow_download: bool = False, only: Sequence[str] | None = None
+) -> Path:
     """The folder of a Hugging Face model: ``path``, ``FASTDIFF_WEIGHTS``/``name``, the hub's cache, a download.
+
+    Args:
+        only: patterns of the files to download, such as ``MODEL_FILES``, as many repositories hold one model in several formats.
 
     ``UserError`` when it is nowhere.
     """
@@ -103,7 +110,7 @@ def find_folder(name: str, path: str | Path | None = None, *, allow_download: bo
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(name, local_files_only=not allow_download))
+            return Path(snapshot_download(name, local_files_only=not allow_download, allow_patterns=only))
         except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
             looked.append(Path("the Hugging Face cache"))
     raise UserError(

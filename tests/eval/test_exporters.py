@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -305,7 +306,7 @@ def test_vbench_refuses_images_odd_sizes_and_foreign_files(tmp_path, full_info, 
 
 
 def test_vbench_asks_for_its_writer_before_it_draws(full_info, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(UserError, match="pip install imageio-ffmpeg"):
         vbench(full_info)
 

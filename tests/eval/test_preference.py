@@ -1,5 +1,8 @@
+import importlib.util
 import json
 import re
+import shutil
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -327,3 +330,22 @@ def test_a_folder_of_pictures_of_any_size_is_scored_in_the_order_of_their_names(
     (tmp_path / "d.png").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"cannot read the image .*d\.png"):
         folder_row(tmp_path, CAPTIONS[:4], [pickscore])
+
+
+def test_the_program_writes_the_row_of_a_folder(clip_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_WEIGHTS", str(tmp_path))
+    shutil.copytree(clip_model, tmp_path / "PickScore_v1")
+    (tmp_path / "images").mkdir()
+    for i, picture in enumerate(pictures(drawn(2))):
+        picture.save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS[:2]), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("preference", Path(__file__).parents[2] / "eval" / "preference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    program.main(tmp_path / "images", tmp_path / "captions.txt", ("pickscore",), tmp_path / "out" / "row.json")
+    row = json.loads((tmp_path / "out" / "row.json").read_text())
+    assert row["pickscore"] == pytest.approx(PickScore(clip_model).score(drawn(2), CAPTIONS[:2]).value)
+    with pytest.raises(UserError, match="cannot read the captions' file"):
+        program.main(tmp_path / "images", tmp_path / "nowhere.txt", ("pickscore",))

@@ -166,7 +166,7 @@ def test_each_distinct_caption_is_embedded_once_and_meets_its_own_images():
     assert found.tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 40), (24, 24), (31, 40), (61, 27)])
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (24, 24), (24, 27), (61, 27)])
 def test_pickscore_is_transformers_own_logit(clip_model, pickscore, height, width):
     images = drawn(6, height, width)
     model, words = CLIPModel.from_pretrained(clip_model).eval(), tokenizer()

@@ -110,7 +110,9 @@ def find_folder(
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(name, local_files_only=not allow_download, allow_patterns=only and list(only)))
+            return Path(
+                snapshot_download(name, local_files_only=not allow_download, allow_patterns=None if only is None else list(only))
+            )
         except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
             looked.append(Path("the Hugging Face cache"))
     raise UserError(

@@ -161,7 +161,7 @@ def huggingface_clip(
     model = transformers.AutoModel.from_pretrained(path, local_files_only=True)
     if not hasattr(model, "get_image_features"):
         raise UserError(f"{path} holds a {type(model).__name__}, which has no image embedding: use hf_classifier for a classifier.")
-    side, visual = model.config.vision_config.image_size, _Statistics(path)
+    side, visual = model.config.vision_config.image_size, ImageStatistics(path)
     return _tower(model, f"hf:{path.name}", (side, side), preprocess, unit, visual)
 
 
@@ -200,7 +200,7 @@ def hf_classifier(
     """``classifier`` of an ``AutoModelForImageClassification`` folder with its ``preprocessor_config.json``."""
     path = _folder(folder, allow_download)
     network = _library("transformers").AutoModelForImageClassification.from_pretrained(path, local_files_only=True)
-    visual = _Statistics(path)
+    visual = ImageStatistics(path)
     options: dict[str, Any] = {"mean": visual.image_mean, "std": visual.image_std, "preprocess": preprocess, "layer": layer}
     return classifier(network, name=f"hf:{path.name}", size=visual.side(network.config), head=head, **options)
 
@@ -234,7 +234,7 @@ class Penultimate(nn.Module):
         return found.flatten(1)
 
 
-class _Statistics:
+class ImageStatistics:
     """Mean, standard deviation and size of a folder's ``preprocessor_config.json``."""
 
     def __init__(self, folder: Path) -> None:

@@ -81,7 +81,7 @@ class FeatureExtractor:
         """Features [B, dim] of the network's own input ``levels`` [B, 3, h, w] in [0, 255], preprocessed already."""
         device = self._device(levels)
         self.network.eval()  # a parent's .train() reaches it, and batch norm would then depend on the batch
-        with torch.autocast(device.type, enabled=False), _no_tf32():
+        with torch.autocast(device.type, enabled=False), no_tf32():
             found = self.network(levels.to(device))
         if found.shape != (len(levels), self.dim):
             raise ValueError(f"{self.id} gave {tuple(found.shape)} for {len(levels)} images: expected [{len(levels)}, {self.dim}].")
@@ -101,7 +101,7 @@ class FeatureExtractor:
 
 
 @contextmanager
-def _no_tf32() -> Iterator[None]:
+def no_tf32() -> Iterator[None]:
     """Ten bits of mantissa in a GPU's convolutions move FD; two machines would then disagree."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -6,9 +6,11 @@ another one: a truncated or replaced file would give features that look like fea
 
 import hashlib
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +18,8 @@ from fastdiff.errors import UserError
 from fastdiff.files import aside
 
 FOLDER = "FASTDIFF_WEIGHTS"
+TOKENIZER_FILES = ("*.json", "*.txt")
+MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class WeightFile:
     url: str
     size: str
     sha256: tuple[str, ...] = ()
+    repo: str = ""
+    """The Hugging Face repository that holds it, whose cache is looked into before torch's."""
 
     def find(self, path: str | Path | None = None, *, allow_download: bool = False, verify: bool = True) -> tuple[Path, bool]:
         """The file, and whether it is the published one.
@@ -56,9 +62,11 @@ class WeightFile:
             given = Path(path).expanduser()
             yield from (given / name for name in self.names) if given.is_dir() else (given,)
             return
-        for folder in (os.environ.get(FOLDER), _torch_cache()):
-            if folder:
-                yield from (Path(folder).expanduser() / name for name in self.names)
+        if folder := os.environ.get(FOLDER):
+            yield from (Path(folder).expanduser() / name for name in self.names)
+        if self.repo:
+            yield from _hub_cache(self.repo, self.names)
+        yield from (_torch_cache() / name for name in self.names)
 
     def _published(self, file: Path, *, required: bool) -> bool:
         if not self.sha256:
@@ -81,8 +89,13 @@ class WeightFile:
         return target
 
 
-def find_folder(name: str, path: str | Path | None = None, *, allow_download: bool = False) -> Path:
+def find_folder(
+    name: str, path: str | Path | None = None, *, allow_download: bool = False, only: Sequence[str] | None = None
+) -> Path:
     """The folder of a Hugging Face model: ``path``, ``FASTDIFF_WEIGHTS``/``name``, the hub's cache, a download.
+
+    Args:
+        only: patterns of the files to download, such as ``MODEL_FILES``, as many repositories hold one model in several formats.
 
     ``UserError`` when it is nowhere.
     """
@@ -97,7 +110,9 @@ def find_folder(name: str, path: str | Path | None = None, *, allow_download: bo
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(name, local_files_only=not allow_download))
+            return Path(
+                snapshot_download(name, local_files_only=not allow_download, allow_patterns=None if only is None else list(only))
+            )
         except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
             looked.append(Path("the Hugging Face cache"))
     raise UserError(
@@ -105,6 +120,21 @@ def find_folder(name: str, path: str | Path | None = None, *, allow_download: bo
         f"https://huggingface.co/{name} and pass weights=FOLDER or put it into the folder that {FOLDER} names; "
         "allow_download=True fetches it."
     )
+
+
+def load_state(file: str | Path) -> dict[str, Any]:
+    """What a safetensors file or a ``torch.save`` of tensors holds, on the CPU; ``UserError`` for a pickle of anything else."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if Path(file).suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} holds no plain tensors: {reason} It is damaged or holds code; fetch it again.") from error
 
 
 def sha256(file: str | Path) -> str:
@@ -127,6 +157,14 @@ def state_digest(network: nn.Module) -> str:
             continue
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:8]
+
+
+def _hub_cache(repo: str, names: tuple[str, ...]) -> Iterator[Path]:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        if isinstance(found := try_to_load_from_cache(repo, name), str):
+            yield Path(found)
 
 
 def _torch_cache() -> Path:

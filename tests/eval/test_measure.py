@@ -1,0 +1,77 @@
+"""A generator under a protocol: drawn to a folder, one pass of features, scores equal to the single functions'."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff.errors import UserError
+from fastdiff.eval.extractors import load_extractor
+from fastdiff.eval.frechet import frechet
+from fastdiff.eval.generate import generate
+from fastdiff.eval.images import ImageFolder
+from fastdiff.eval.measure import measure, open_extractor, open_instruments
+from fastdiff.eval.protocol import Protocol
+from fastdiff.eval.reference import write_reference
+from fastdiff.eval.sources import open_source
+from fastdiff.eval.stats import Stats
+from fastdiff.eval.subject import Subject
+
+N = 24
+PROMPTS = [f"prompt {i}" for i in range(N)]
+PROTOCOL = Protocol(name="tiny", n=N, prompts="ours", preprocess="none:round", extractor="random-conv", reference="ours")
+
+
+def noisy(name: str, level: float) -> Subject:
+    def draw(prompts: list[str], generators: list[torch.Generator]) -> Tensor:
+        return torch.cat([level * torch.rand(1, 3, 16, 16, generator=own) for own in generators])
+
+    return Subject(name=name, generate=draw)
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    generate(noisy("real", 1.0), PROMPTS, tmp_path / "real", seed=1)
+    return tmp_path / "real"
+
+
+def test_scores_are_those_of_the_features_of_the_files(tmp_path: Path, reference: Path) -> None:
+    instruments = open_instruments(PROTOCOL, reference=reference, workers=0)
+    measured = measure(noisy("dim", 0.7), PROMPTS, tmp_path / "dim", instruments, workers=0, repeats=1)
+    extractor = load_extractor("random-conv")
+    own, real = (extractor.features(ImageFolder(f)(torch.arange(N))) for f in (tmp_path / "dim", reference))
+    want = frechet(Stats.of(own, extractor="x"), Stats.of(real, extractor="x"))
+    row = measured.result.row()
+    assert row["fd"] == pytest.approx(want.value, rel=1e-3)
+    assert {"kid", "precision", "coverage", "fd_se", "images_per_s", "latency_ms_p50"} <= row.keys()
+    assert instruments.label.startswith("FD[random-conv")
+    assert measured.protocol.n == N
+    assert measured.protocol.hash != PROTOCOL.hash
+    assert any("singular" in text for text in measured.warnings)
+
+
+def test_statistics_from_a_file_give_the_same_distance_as_the_folder_they_are_of(tmp_path: Path, reference: Path) -> None:
+    of_folder = open_instruments(PROTOCOL, reference=reference, workers=0)
+    write_reference(tmp_path / "real.npz", of_folder.reference.stats)
+    of_file = open_instruments(PROTOCOL, reference=tmp_path / "real.npz")
+    rows = [measure(noisy("dim", 0.7), PROMPTS, tmp_path / "dim", i, workers=0, repeats=0).result for i in (of_folder, of_file)]
+    assert rows[0].metrics["fd"] == pytest.approx(rows[1].metrics["fd"], rel=1e-6)
+    assert "kid" not in rows[1].metrics
+
+
+def test_images_that_are_there_are_read_and_must_be_as_many_as_the_prompts(tmp_path: Path, reference: Path) -> None:
+    instruments = open_instruments(PROTOCOL, reference=reference, workers=0)
+    stored = open_source(str(reference))
+    again = measure(stored, PROMPTS, reference, instruments, workers=0)
+    assert again.result.metrics["fd"] == pytest.approx(0, abs=1e-4)
+    assert again.result.latency_ms_p50 is None
+    with pytest.raises(UserError, match="other prompts"):
+        measure(stored, PROMPTS[:-1], reference, instruments, workers=0)
+
+
+def test_the_extractor_is_the_protocols_with_its_preprocess(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="would change nothing"):
+        open_extractor(PROTOCOL, weights=tmp_path / "w.pt")
+    with pytest.raises(UserError, match="'inception-2016'"):
+        open_extractor(PROTOCOL.replace(extractor="inception-2016"))

@@ -157,7 +157,8 @@ class Roles:
     def _watched(self, name: str, output: Tensor) -> Tensor:
         """Counts the gradient that comes back through ``output``."""
         if output.requires_grad:
-            output.register_hook(lambda _: self.backwards.update({name: len(output)}))
+            n = len(output)  # a hook that held the output would keep it, and its graph, for good
+            output.register_hook(lambda _: self.backwards.update({name: n}))
         return output
 
     def features(self, name: str, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:

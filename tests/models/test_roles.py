@@ -1,7 +1,9 @@
 """Roles on one frozen backbone: who computes, who trains, and what is left of the teacher afterwards."""
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -346,3 +348,16 @@ def test_adapters_leave_nothing_behind_and_peft_has_nothing_to_say(teacher: Teac
         for _ in range(2):
             Roles(teacher, {"student": LORA, "fake_score": LORA}).close()
     assert set(vars(teacher.family.backbone)) == before
+
+
+def test_an_output_and_its_graph_are_gone_after_the_backward_pass(teacher: Teacher) -> None:
+    """The count of backwards hangs on the output: a hook that held it would keep the graph of every iteration for good."""
+    roles = Roles(teacher, {"student": Role(train="full", lr=1e-3)})
+    x, t, cond = inputs(teacher)
+    output = roles.denoiser("student").network(x, t, cond)
+    gone = weakref.ref(output)
+    output.sum().backward()
+    del output
+    gc.collect()
+    assert gone() is None
+    assert roles.backwards["student"] == len(x)

@@ -1,0 +1,114 @@
+"""``fastdiff eval --protocol``: any pipelines and folders of images under a protocol, with a reference of the user's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from fastdiff.cli.loading import device_of, quiet
+from fastdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from fastdiff.eval.evaluate import Result
+    from fastdiff.eval.protocol import Protocol
+    from fastdiff.eval.subject import Subject
+
+
+@dataclass(kw_only=True)
+class Scoring:
+    """How images are scored outside the bundled world."""
+
+    protocol: str = ""
+    """Score under this protocol: a bundled name, or a TOML file. Needs --reference and --prompts."""
+    reference: Annotated[Path | None, tyro.conf.arg(metavar="FILE_OR_DIR")] = None
+    """Reference statistics (`fastdiff eval stats`, or TTUR, clean-fid, EDM and ADM npz), or a folder of images."""
+    weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Weights of the protocol's extractor; without it FASTDIFF_WEIGHTS and the cache are looked through."""
+    images: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/images")
+    """Where generated images are kept, a folder a row; an interrupted run goes on there."""
+    batch_size: int = 16
+    """Images a call."""
+    workers: int = 2
+    """Processes that decode and resize."""
+
+
+def subjects(sources: Sequence[str], steps: Sequence[int], guidance_scale: float, device: str) -> "list[tuple[str, Subject]]":
+    """A subject for each row, with the name of its folder: students bare, others at each number of ``steps``."""
+    from fastdiff.eval.sources import image_folder, open_source
+
+    found = []
+    for source in sources:
+        name = Path(source).name
+        if image_folder(source) or (Path(source) / "fastdiff.json").is_file():
+            found.append((name, open_source(source, device=device)))
+            continue
+        for k in steps:
+            found.append(
+                (f"{name}-{k}-{guidance_scale:g}", open_source(source, steps=k, guidance_scale=guidance_scale, device=device))
+            )
+    if len({name for name, _ in found}) < len(found):
+        raise UserError(f"two of {', '.join(sources)} have one name, and their images would share a folder: rename one.")
+    return found
+
+
+def protocol_rows(
+    sources: Sequence[str],
+    scoring: Scoring,
+    prompts: Sequence[str],
+    *,
+    steps: Sequence[int],
+    guidance_scale: float,
+    num_images: int | None,
+    seed: int,
+    device: str,
+) -> "tuple[list[Result], Protocol, dict[str, Any]]":
+    """A result a row, the protocol with what was really done, and the facts that belong beside the scores.
+
+    Raises:
+        UserError: the protocol, its reference, weights or prompts are absent, or do not fit together.
+    """
+    from tqdm import tqdm
+
+    from fastdiff.eval.measure import measure, open_instruments
+    from fastdiff.eval.protocol import Protocol
+
+    protocol = Protocol.load(scoring.protocol)
+    if scoring.reference is None:
+        raise UserError(
+            f"{protocol.name} measures against {protocol.reference!r}, which is not bundled: give --reference, a file or folder."
+        )
+    n = protocol.n if num_images is None else num_images
+    if len(prompts) < n:
+        raise UserError(
+            f"{protocol.name} is of {n} images and the prompts file has {len(prompts)} lines: give as many, or --num-images."
+        )
+    quiet()
+    asked, scale = list(prompts[:n]), protocol.guidance_scale if protocol.guidance_scale is not None else guidance_scale
+    instruments = open_instruments(protocol, reference=scoring.reference, weights=scoring.weights, workers=scoring.workers)
+    rows = subjects(sources, [protocol.steps] if protocol.steps else steps, scale, device_of(device))
+    results, facts, done = [], {"seed": seed, "score": instruments.label}, protocol
+    with tqdm(total=len(rows) * n, unit="img", dynamic_ncols=True) as bar:
+        for name, subject in rows:
+            bar.set_description_str(subject.name)
+            folder = Path(scoring.images) / name if subject.stored is None else next(s for s in sources if Path(s).name == name)
+            try:
+                found = measure(
+                    subject,
+                    asked,
+                    folder,
+                    instruments,
+                    seed=seed,
+                    batch_size=scoring.batch_size,
+                    workers=scoring.workers,
+                    progress=bar.update,
+                )
+            except ValueError as error:  # a gate of the evaluation: what it says is about the images
+                raise UserError(str(error)) from error
+            results.append(found.result)
+            done = found.protocol
+            facts |= {f"note on {found.result.model}": text for text in found.warnings[:1]}
+            for text in found.warnings:
+                bar.write(f"{found.result.model}: {text}")
+    return results, done, facts

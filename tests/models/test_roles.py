@@ -353,6 +353,7 @@ def test_adapters_leave_nothing_behind_and_peft_has_nothing_to_say(teacher: Teac
 def test_an_output_and_its_graph_are_gone_after_the_backward_pass(teacher: Teacher) -> None:
     """The count of backwards hangs on the output: a hook that held it would keep the graph of every iteration for good."""
     roles = Roles(teacher, {"student": Role(train="full", lr=1e-3)})
+    roles.train_only("student")
     x, t, cond = inputs(teacher)
     output = roles.denoiser("student").network(x, t, cond)
     gone = weakref.ref(output)

@@ -16,6 +16,7 @@ from fastdiff.cli.training import Run, run_options
 
 if TYPE_CHECKING:
     from fastdiff.eval.evaluate import Result
+    from fastdiff.eval.protocol import Protocol
     from fastdiff.trainers.config import Config
     from fastdiff.trainers.engine import Trainer
 
@@ -53,12 +54,14 @@ def run(argv: Sequence[str]) -> int:
         pipeline = trainer.train()
     if pipeline is None:  # a process of several that has nothing to save
         return 0
-    results, facts = _evaluated(trainer, pipeline, options.teacher, measuring) if options.evaluate else ([], {})
-    report(trainer, results, facts, command=shlex.join(["fastdiff", "distill", *argv]))
+    measured = _evaluated(trainer, pipeline, options.teacher, measuring) if options.evaluate else ([], None, {})
+    report(trainer, *measured, command=shlex.join(["fastdiff", "distill", *argv]))
     return 0
 
 
-def _evaluated(trainer: "Trainer", pipeline: Any, teacher: str, measuring: Measuring) -> "tuple[list[Result], dict[str, Any]]":
+def _evaluated(
+    trainer: "Trainer", pipeline: Any, teacher: str, measuring: Measuring
+) -> "tuple[list[Result], Protocol | None, dict[str, Any]]":
     folder, prompts = trainer.config.output_dir, trainer.prompts.prompts
     try:
         return measure({"student": pipeline}, trainer.teacher.pipeline, measuring, prompts=prompts)
@@ -67,14 +70,17 @@ def _evaluated(trainer: "Trainer", pipeline: Any, teacher: str, measuring: Measu
         raise KeyboardInterrupt(f"stopped; the student in {folder} is complete, measure it with:\n  {evaluate}") from stop
 
 
-def report(trainer: "Trainer", results: "list[Result]", facts: dict[str, Any], *, command: str) -> None:
+def report(
+    trainer: "Trainer", results: "list[Result]", protocol: "Protocol | None", facts: dict[str, Any], *, command: str
+) -> None:
     """Print the table; write ``result.json``, with results ``report.html`` and ``grid.png`` too; say where to look."""
     from fastdiff.eval.report import environment, grid_png, html_report, rows_json, table
 
     folder = trainer.config.output_dir
     if results:
         print(f"\n{table([result.row() for result in results])}\n")
-    about = {"evaluation": facts, "command": command, "environment": environment()}
+    named = {} if protocol is None else {"protocol": protocol.record}
+    about = {**named, "evaluation": facts, "command": command, "environment": environment()}
     rows_json(folder / "result.json", results, **trainer.result, **about)
     if results:
         title = f"{trainer.result['method']} student of {trainer.teacher.name}"

@@ -1,10 +1,12 @@
 """``fastdiff eval DIR_OR_ID ...``: pipelines side by side, in a table, a JSON file and a page.
 
-In the bundled world every row gets FD[fashion], CLIP and attribute scores, and a row of real photographs is the floor.
-Elsewhere there are no reference statistics: the rows hold the cost, and the page shows the pictures. Folders with a
-``fastdiff.json`` are students and are called bare; the other pipeline, at most one, is the teacher.
+In the bundled world every row gets all scores of the classifier's features, CLIP and attribute scores, and a row of real
+photographs is the floor. Elsewhere ``--protocol`` with a reference scores pipelines and folders of images; without it the rows
+hold the cost, and the page shows the pictures. Folders with a ``fastdiff.json`` are students and are called bare; the other
+pipeline, at most one without ``--protocol``, is the teacher. ``fastdiff eval VERB`` does something else: see ``cli.verbs``.
 """
 
+import importlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +18,13 @@ import tyro
 
 from fastdiff.cli.loading import open_pipeline
 from fastdiff.cli.options import parse
+from fastdiff.cli.protocols import Scoring, protocol_rows
+from fastdiff.cli.verbs import VERBS
 from fastdiff.errors import UserError
 
 if TYPE_CHECKING:
     from fastdiff.eval.evaluate import Result
+    from fastdiff.eval.protocol import Protocol
 
 Progress = Callable[[float, str], None]
 _WORLD_IMAGES, _OTHER_IMAGES = 2000, 8
@@ -65,8 +70,8 @@ def of_the_world(pipeline: Any) -> bool:
 
 def measure(
     students: dict[str, Any], teacher: Any, measuring: Measuring, *, prompts: Sequence[str] | None, seed: int = 0
-) -> "tuple[list[Result], dict[str, Any]]":
-    """One result a row (teacher, students, in the bundled world real photographs), and the conventions of the scores.
+) -> "tuple[list[Result], Protocol | None, dict[str, Any]]":
+    """One result a row (teacher, students, in the bundled world real photographs), its protocol, the conventions of the scores.
 
     Args:
         students: pipelines by name; a single one is called "student".
@@ -87,15 +92,16 @@ def measure(
     try:
         if world:
             return _scores(students, teacher, measuring, n, seed)
-        return _costs(students, teacher, measuring, asked, seed), {"seed": seed}
+        return _costs(students, teacher, measuring, asked, seed), None, {"seed": seed}
     except ValueError as error:  # the evaluation's own: what it says is about the images
         raise UserError(str(error)) from error
 
 
 def _scores(
     students: dict[str, Any], teacher: Any, measuring: Measuring, n: int, seed: int
-) -> "tuple[list[Result], dict[str, Any]]":
+) -> "tuple[list[Result], Protocol, dict[str, Any]]":
     from fastdiff.eval.fashion import FashionMetrics, fashion_rows
+    from fastdiff.eval.protocol import Protocol
 
     metric = FashionMetrics.load()
     with _progress() as progress:
@@ -110,7 +116,7 @@ def _scores(
             progress=progress,
         )
     conventions = {f"CLIP score: {name}": value for name, value in metric.clip.conventions.items()}
-    return results, {"seed": seed, **conventions}
+    return results, Protocol.load("fashion").replace(n=n, seed=seed), {"seed": seed, **conventions}
 
 
 def drawn(prompts: Sequence[str], n: int) -> list[str]:
@@ -172,24 +178,48 @@ def read_prompts_of(path: Path | None) -> list[str] | None:
     return None if path is None else read_prompts(path, nobody)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Measure, print the table, write what was asked for."""
-
-    def options(options: Options, measuring: Measuring) -> tuple[Options, Measuring]:
-        return options, measuring
-
-    chosen, measuring = parse(options, argv, command="eval", description="Measure pipelines side by side.")
-    students, teacher = check(chosen)
+def _measured(chosen: Options, measuring: Measuring, scoring: Scoring) -> "tuple[list[Result], Protocol | None, dict[str, Any]]":
     prompts = read_prompts_of(chosen.prompts)
-    from fastdiff.eval.report import environment, grid_png, html_report, rows_json, table
-
+    if scoring.protocol:
+        if not chosen.pipelines:
+            raise UserError("nothing to evaluate; give one or more folders, hub ids, or `fashion`.")
+        return protocol_rows(
+            list(dict.fromkeys(chosen.pipelines)),
+            scoring,
+            prompts or [],
+            steps=measuring.teacher_steps,
+            guidance_scale=measuring.teacher_guidance_scale,
+            num_images=measuring.num_images,
+            seed=chosen.seed,
+            device=chosen.device,
+        )
+    students, teacher = check(chosen)
     opened = None if teacher is None else open_pipeline(teacher, chosen.device)
     pipelines = {name: open_pipeline(folder, chosen.device) for name, folder in students.items()}
-    results, facts = measure(pipelines, opened, measuring, prompts=prompts, seed=chosen.seed)
+    return measure(pipelines, opened, measuring, prompts=prompts, seed=chosen.seed)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure, print the table, write what was asked for; or do what a verb says."""
+    if argv and argv[0] in VERBS:
+        verb = importlib.import_module(f"fastdiff.cli.verbs.{argv[0]}")
+        return int(verb.run(argv[1:]))
+
+    def options(options: Options, measuring: Measuring, scoring: Scoring) -> tuple[Options, Measuring, Scoring]:
+        return options, measuring, scoring
+
+    verbs = "  ".join(f"{name}: {does}." for name, does in VERBS.items())
+    chosen, measuring, scoring = parse(
+        options, argv, command="eval", description=f"Measure pipelines side by side. Verbs, `fastdiff eval VERB --help`: {verbs}"
+    )
+    results, protocol, facts = _measured(chosen, measuring, scoring)
+    from fastdiff.eval.report import environment, grid_png, html_report, rows_json, table
+
     print(table([result.row() for result in results]))
     command = shlex.join(["fastdiff", "eval", *argv])
     if chosen.json:
-        rows_json(chosen.json, results, evaluation=facts, command=command, environment=environment())
+        named = {} if protocol is None else {"protocol": protocol.record}
+        rows_json(chosen.json, results, **named, evaluation=facts, command=command, environment=environment())
     if chosen.report:
         html_report(chosen.report, results, command=command, facts=facts)
     if chosen.grid:

@@ -144,6 +144,21 @@ class Protocol:
         """Eight hex digits of the choices."""
         return hashlib.sha256(self.canonical.encode()).hexdigest()[:8]
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What stands in a result file: name, hash and all choices."""
+        return {"name": self.name, "hash": self.hash, **self.choices}
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> "Protocol":
+        """The protocol that a result file was made under; ``UserError`` when its choices are not those of its hash."""
+        protocol = cls._of({key: value for key, value in record.items() if key != "hash"}, "the protocol of a result")
+        if protocol.hash != record.get("hash"):
+            raise UserError(
+                f"the protocol {protocol.name} says {record.get('hash')} and has the hash {protocol.hash}: it was edited."
+            )
+        return protocol
+
     def label(self, score: str) -> str:
         """``score`` with the number of images and the hash: ``FD[fashion]-2k#3fa91c2e``."""
         n = f"{self.n // 1000}k" if self.n % 1000 == 0 else str(self.n)

@@ -32,7 +32,7 @@ from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
 from fastdiff.trainers.method import Batch, Calls, Paper, Trial, due, last_time, needs_bottleneck, needs_thousand_times, one_step
 
-_TRIAL = {"guidance_scale": 1.0, "lr": 5e-4, "fake_score_lr": 2e-3, "ratio": (1, 4)}
+_TRIAL = {"guidance_scale": 1.0, "lr": 1e-3, "fake_score_lr": 2e-3, "ratio": (1, 3)}
 
 
 @dataclass(kw_only=True)

@@ -127,3 +127,12 @@ def test_a_protocol_without_its_needed_choices_is_refused(tmp_path):
 def test_presets_lie_in_the_package():
     assert FOLDER.parent.name == "eval"
     assert (FOLDER.parent / "protocol.py").is_file()
+
+
+def test_a_record_is_the_protocol_again_and_an_edited_one_is_refused() -> None:
+    protocol = Protocol.load("fashion").replace(n=500)
+    assert Protocol.of_record(json.loads(json.dumps(protocol.record))) == dataclasses.replace(
+        protocol, about="", sources=(), recalled=()
+    )
+    with pytest.raises(UserError, match="edited"):
+        Protocol.of_record({**protocol.record, "n": 501})

@@ -1,0 +1,63 @@
+"""``fastdiff eval compare BEFORE.json AFTER.json``: what differs by more than its error."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastdiff.cli.options import columns, parse
+from fastdiff.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Options:
+    files: Annotated[tyro.conf.Positional[tuple[Path, Path]], tyro.conf.arg(metavar="BEFORE AFTER")]
+    """Two result files, as `fastdiff eval --json` and `fastdiff distill` write them."""
+    gate: bool = False
+    """Exit with 1 when a score got worse by more than twice the joint standard error."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Read both, refuse what does not compare, print the differences."""
+
+    def options(options: Options) -> Options:
+        return options
+
+    chosen = parse(
+        options, argv, command="eval compare", description="Differences of two results; exit code 2 when protocols differ."
+    )
+    from fastdiff.eval.protocol import Protocol, comparable
+    from fastdiff.eval.report import changes, read_facts, read_rows
+    from fastdiff.eval.report.columns import higher_is_better, score_columns
+
+    before, after = ((read_rows(path), read_facts(path).get("protocol")) for path in chosen.files)
+    if before[1] and after[1]:
+        comparable(Protocol.of_record(before[1]), Protocol.of_record(after[1]))
+    elif before[1] != after[1]:
+        without = chosen.files[0] if after[1] else chosen.files[1]
+        raise UserError(f"{without} names no protocol and the other file does: nobody can say that their scores compare.")
+    found = changes(before[0], after[0])
+    if not found:
+        raise UserError(f"{chosen.files[0]} and {chosen.files[1]} have no model of one name.")
+    shown = [c for c in found if c.difference is not None]
+    head = ["model", "score", "before", "after", "difference", "2 x joint se", ""]
+    lines = [
+        [
+            c.model,
+            c.column,
+            f"{c.before:.4g}",
+            f"{c.after:.4g}",
+            f"{c.difference:+.4g}",
+            "-" if c.joint_se is None else f"{2 * c.joint_se:.3g}",
+            {True: "differs", False: "", None: "no error known"}[c.exceeds],
+        ]
+        for c in shown
+    ]
+    print("\n".join(columns([head, *lines], left=2)))
+    scores = set(score_columns([*before[0], *after[0]]))
+    worse = [c for c in shown if c.column in scores and c.exceeds and (c.difference or 0) * (1 if higher_is_better(c.column) else -1) < 0]
+    if worse:
+        print(f"\nworse: {', '.join(f'{c.column} of {c.model}' for c in worse)}")
+    return 1 if chosen.gate and worse else 0

@@ -1,0 +1,66 @@
+"""``fastdiff eval report RESULT.json ... --output PAGE.html``: one page of result files."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastdiff.cli.options import parse
+from fastdiff.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Options:
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RESULT [RESULT ...]")]
+    """Result files of one protocol; their rows stand in one table."""
+    output: Annotated[Path, tyro.conf.arg(metavar="HTML")]
+    """Page to write; it loads nothing from elsewhere."""
+    title: str = "fastdiff evaluation"
+    """Its title."""
+    previous: Annotated[Path | None, tyro.conf.arg(metavar="RESULT")] = None
+    """An earlier result file: what changed against it gets a section."""
+    sweep: Annotated[Path | None, tyro.conf.arg(metavar="RESULT")] = None
+    """The file of `fastdiff eval sweep`, drawn as a surface."""
+    log: Annotated[Path | None, tyro.conf.arg(metavar="JSONL")] = None
+    """A run's log.jsonl: the curves of its losses."""
+    picture: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None
+    """A grid of images, as `--grid` writes it."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Read, write the page."""
+
+    def options(options: Options) -> Options:
+        return options
+
+    chosen = parse(options, argv, command="eval report", description="One self-contained page of result files.")
+    if not chosen.files:
+        raise UserError("nothing to report; give one or more result files.")
+    from fastdiff.eval.protocol import Protocol, comparable
+    from fastdiff.eval.report import html_report, read_curves, read_facts, read_rows
+
+    facts = [read_facts(path) for path in chosen.files]
+    rows = [row for path in chosen.files for row in read_rows(path)]
+    protocols = [Protocol.of_record(found["protocol"]) for found in facts if "protocol" in found]
+    if protocols and len(protocols) < len(facts):
+        raise UserError("some of these files name a protocol and some do not: their scores cannot stand in one table.")
+    for other in protocols[1:]:
+        comparable(protocols[0], other)
+    html_report(
+        chosen.output,
+        rows,
+        title=chosen.title,
+        command=shlex.join(["fastdiff", "eval", "report", *argv]),
+        facts=facts[0].get("evaluation", {}),
+        protocol=protocols[0] if protocols else None,
+        curves=None if chosen.log is None else read_curves(chosen.log),
+        previous=None if chosen.previous is None else read_rows(chosen.previous),
+        sweep=None if chosen.sweep is None else read_rows(chosen.sweep),
+        picture=chosen.picture,
+        machine=facts[0].get("environment"),
+    )
+    print(f"report   {chosen.output}")
+    return 0

@@ -1,0 +1,128 @@
+"""Quality against cost: the frontier, and the figure that few-step distillation is about.
+
+A point dominates another when it is no worse in cost and in quality and better in one of them; the frontier is what nobody
+dominates. Two equal points do not dominate each other, so both are on it. The frontier is one of measured values: members
+within their errors may swap with points beside them.
+"""
+
+import html
+from collections.abc import Sequence
+
+from fastdiff.eval.report.columns import COLUMNS, Row, cells, finite, generated, higher_is_better, short
+from fastdiff.eval.report.labels import Box, Spot, place
+from fastdiff.eval.report.svg import COLOURS, Scale, clipped, drawing, line, paint, text
+
+WIDTH, HEIGHT = 480, 320
+LEFT, RIGHT, TOP, BOTTOM = 56, 464, 30, 272  # the plotted rectangle, in pixels
+INSIDE = Box(LEFT + 2, TOP - 8, WIDTH - 2, BOTTOM - 1)  # where names may stand
+AXES = {
+    "nfe": "network calls an image (NFE)",
+    "latency_ms_p50": "latency of one image, ms (p50)",
+    "params": "parameters of the network",
+}
+
+
+def pareto_frontier(
+    points: Sequence[tuple[float | None, float | None]], *, higher_is_better: bool = False
+) -> list[int]:
+    """The indices of the points (cost, quality) that no other dominates, by cost and then by index; O(n log n).
+
+    Less cost is better; less quality too (a distance) unless ``higher_is_better``. A point with a value that is None or not
+    finite is not on the frontier and dominates nobody.
+    """
+    sign = -1 if higher_is_better else 1
+    known = [(cost, sign * q, i) for i, pair in enumerate(points) for cost, q in [map(finite, pair)] if cost is not None and q is not None]
+    frontier: list[tuple[float, float, int]] = []
+    for cost, q, i in sorted(known):
+        if not frontier or q < frontier[-1][1] or (cost, q) == frontier[-1][:2]:
+            frontier.append((cost, q, i))
+    return [i for _, _, i in frontier]
+
+
+def frontier_of(rows: Sequence[Row], cost: str, quality: str) -> list[Row]:
+    """The rows on the frontier of two columns, the cheapest first."""
+    points = [(_cost(row, cost), finite(row.get(quality))) for row in rows]
+    return [rows[i] for i in pareto_frontier(points, higher_is_better=higher_is_better(quality))]
+
+
+def pareto_svg(rows: Sequence[Row], *, cost: str = "nfe", quality: str = "fd", label: str = "") -> str:
+    """Each row's ``quality`` over its ``cost`` with one standard error up and down, and the frontier as a staircase.
+
+    Cost is in the logarithm. Quality starts at 0 where less is better, and is in the logarithm when it spans more than a
+    factor of 30. Real images, which cost nothing, are a dashed line across. Points of the frontier are full and always
+    named; the others are hollow, and named where there is room. Rows without the two columns are left out.
+
+    Args:
+        label: of the quality axis; by default the column's name.
+    """
+    rows = [r for r in rows if finite(r.get(quality)) is not None]
+    points, floors = [r for r in rows if _cost(r, cost) is not None], [r for r in rows if not generated(r)]
+    across = _across([r[cost] for r in points])
+    up = _up([(r[quality], finite(r.get(f"{quality}_se")) or 0.0) for r in [*points, *floors]], higher_is_better(quality))
+    label = (label or COLUMNS.get(quality, quality)) + (" (log)" if up.log else "")
+    best = {id(r) for r in frontier_of(points, cost, quality)}
+    points.sort(key=lambda r: (id(r) not in best, r[cost]))
+    at = [(across(r[cost]), up(r[quality])) for r in points]
+    parts = [*_axes(across, up, cost, label), line(_staircase(at[: len(best)]), "frontier", width=2)]
+    parts += [line(f"M{LEFT} {up(r[quality]):.1f}H{RIGHT}", "muted", dashed=True) for r in floors]
+    parts += [_point(r, x, up, cost, quality, full=id(r) in best) for r, (x, _) in zip(points, at, strict=True)]
+    spots = [Spot(RIGHT - 2, up(r[quality]) - 5, clipped(r["model"], 50), "end") for r in floors]
+    parts += [text(spot.x, spot.y, spot.text, kind="muted", anchor=spot.anchor) for spot in spots]
+    taken = [spot.box for spot in spots] + [Box(x - 6, y - 6, x + 6, y + 6) for x, y in at]
+    for r, (x, y) in zip(points, at, strict=True):
+        if found := place(r["model"], x, y, taken, INSIDE, must=id(r) in best):
+            parts.append(text(found.x, found.y, found.text, kind=_kind(r), anchor=found.anchor))
+            taken.append(found.box)
+    return drawing(WIDTH, HEIGHT, parts, label=f"{label} against {AXES.get(cost, cost)}")
+
+
+def _cost(row: Row, column: str) -> float | None:
+    value = finite(row.get(column))
+    return value if value is not None and value > 0 else None
+
+
+def _across(costs: Sequence[float]) -> Scale:
+    low, high = min(costs, default=1.0), max(costs, default=1.0)
+    margin = max(1.25, (high / low) ** 0.06) if high > low else 1.6
+    return Scale(low / margin, high * margin, LEFT, RIGHT, log=True)
+
+
+def _up(values: Sequence[tuple[float, float]], higher: bool) -> Scale:
+    low, high = min((v - e for v, e in values), default=0.0), max((v + e for v, e in values), default=1.0)
+    smallest, largest = (f((v for v, _ in values), default=1.0) for f in (min, max))
+    if not higher and smallest > 0 and largest / smallest > 30:
+        return Scale(max(low, smallest / 2) / 1.3, high * 1.3, BOTTOM, TOP, log=True)
+    if not higher and low >= 0:
+        return Scale(0.0, 1.1 * high or 1.0, BOTTOM, TOP)
+    margin = 0.12 * (high - low) or abs(high) * 0.1 or 1.0
+    return Scale(low - margin, high + margin, BOTTOM, TOP)
+
+
+def _axes(across: Scale, up: Scale, cost: str, label: str) -> list[str]:
+    shown = short if cost == "params" else "{:g}".format
+    parts = [line(f"M{LEFT} {up(v):.1f}H{RIGHT}", "rule") for v in up.ticks()]
+    parts += [text(LEFT - 6, up(v) + 4, f"{v:g}", kind="muted", anchor="end") for v in up.ticks()]
+    for v in across.ticks(octaves=cost == "nfe"):
+        parts += [line(f"M{across(v):.1f} {BOTTOM}v4", "ink"), text(across(v), BOTTOM + 17, shown(v), kind="muted", anchor="middle")]
+    parts += [line(f"M{LEFT} {TOP}V{BOTTOM}H{RIGHT}", "ink"), text(8, 16, label)]
+    return [*parts, text((LEFT + RIGHT) / 2, HEIGHT - 10, AXES.get(cost, COLUMNS.get(cost, cost)), anchor="middle")]
+
+
+def _staircase(points: Sequence[tuple[float, float]]) -> str:
+    """From the cheapest member to the right edge; what lies on its better side was reached by nobody."""
+    steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in points[1:])
+    return f"M{points[0][0]:.1f} {points[0][1]:.1f}{steps}H{RIGHT}" if points else "M0 0"
+
+
+def _point(row: Row, x: float, up: Scale, cost: str, quality: str, *, full: bool) -> str:
+    kind, value, error = _kind(row), row[quality], finite(row.get(f"{quality}_se"))
+    bar = ""
+    if error and not (up.log and value <= error):
+        bar = line(f"M{x:.1f} {up(value - error):.1f}V{up(value + error):.1f}", kind, width=1.5)
+    fill = paint(kind) if full else f'class="{kind}-line hollow" fill="#fff" stroke="{COLOURS[kind]}" stroke-width="1.5"'
+    about = html.escape(", ".join([row["model"], *cells(row, [quality, cost])]))
+    return f'{bar}<circle cx="{x:.1f}" cy="{up(value):.1f}" r="5" {fill}><title>{about}</title></circle>'
+
+
+def _kind(row: Row) -> str:
+    return "student" if row["model"].startswith("student") else "teacher"

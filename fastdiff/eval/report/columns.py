@@ -24,44 +24,54 @@ COLUMNS = {
     "latency_ms_p95": "ms (p95)",
     "images_per_s": "images/s",
     "peak_memory_mib": "peak MiB",
-    "params": "params",
+    "energy_j": "J/image",
+    "parameters_m": "M params",
+    "pipeline_parameters_m": "M params (pipeline)",
+    "size_mb": "MB on disk",
     "n": "n",
 }
-COSTS = ("steps", "nfe", "guidance_scale", "latency_ms_p50", "latency_ms_p95", "images_per_s", "peak_memory_mib", "params", "n")
-HIDDEN = ("protocol",)
-HIGHER = frozenset({"clip", "attributes", "inception_score", "precision", "recall", "density", "coverage", "images_per_s"})
-_PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+SETTINGS = ("model", "steps", "nfe", "guidance_scale")
+LESS = frozenset(
+    {"nfe", "fd", "fd_mean", "fd_cov", "fd_inf", "sfd", "kid", "cmmd", "mind", "n_duplicates"}
+    | {c for c in COLUMNS if c.startswith(("latency", "peak", "energy", "parameters", "pipeline", "size"))}
+)
+MORE = frozenset(
+    {"images_per_s", "clip", "attributes", "inception_score", "precision", "recall", "density", "coverage"}
+    | {"pickscore", "hpsv2.0", "hpsv2.1", "imagereward", "aesthetic"}
+)
+_COSTS = [c for c in COLUMNS if c not in (*SETTINGS, "fd", "clip", "attributes", "n")]
+_HIDDEN = ("protocol", "groups")
 
 
-def higher_is_better(column: str) -> bool:
-    """Whether more of a column is better: so for CLIP, attributes, Inception score, precision and recall; not for distances."""
-    return column in HIGHER
+def better(column: str) -> str:
+    """``low`` where less of a column is better, ``high`` where more is, nothing where that is not known."""
+    return "low" if column in LESS else "high" if column in MORE else ""
 
 
 def shown_columns(rows: Sequence[Row]) -> list[str]:
     """The columns that some row fills: the known ones in their order, then a protocol's own."""
     keys = dict.fromkeys([*COLUMNS, *(k for row in rows for k in row if not k.endswith("_se"))])
-    return [k for k in keys if k not in HIDDEN and any(row.get(k) is not None for row in rows)]
+    return [k for k in keys if k not in _HIDDEN and any(row.get(k) is not None for row in rows)]
 
 
 def score_columns(rows: Sequence[Row]) -> list[str]:
     """The shown columns that are scores."""
-    return [c for c in shown_columns(rows) if c != "model" and c not in COSTS]
+    return [c for c in shown_columns(rows) if c not in (*SETTINGS, *_COSTS, "n")]
+
+
+def cost_columns(rows: Sequence[Row]) -> list[str]:
+    """The shown columns that are costs, beside the settings and NFE."""
+    return [c for c in shown_columns(rows) if c in _COSTS]
 
 
 def generated(row: Row) -> bool:
-    """Whether a model made the row's images: real ones have no cost."""
-    return any(row.get(c) is not None for c in COSTS if c != "n")
+    """Whether the row knows what its images cost: real ones, and stored ones of unknown origin, do not."""
+    return any(row.get(c) is not None for c in (*SETTINGS[1:], *_COSTS))
 
 
 def cells(row: Row, columns: Sequence[str]) -> list[str]:
     """A row as text: four digits, ``value ± error`` where the row has ``<column>_se``, - for what does not apply."""
-    return [shown(row.get(c), c) + (f" {error}" if (error := plus_minus(row, c)) else "") for c in columns]
-
-
-def shown(value: Any, column: str) -> str:
-    """A value as text; parameters as 860M."""
-    return short(value) if column == "params" and value is not None else number(value)
+    return [f"{number(row.get(c))} {plus_minus(row, c)}".rstrip() for c in columns]
 
 
 def plus_minus(row: Row, column: str) -> str:
@@ -75,14 +85,6 @@ def number(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def short(value: float) -> str:
-    """Three digits and k, M or G: 859520964 is 860M."""
-    for unit, prefix in _PREFIXES:
-        if abs(value) >= 0.9995 * unit:
-            return f"{value / unit:.3g}{prefix}"
-    return f"{value:.3g}"
 
 
 def finite(value: Any) -> float | None:

@@ -55,7 +55,9 @@ def changes(previous: Sequence[Row], now: Sequence[Row]) -> list[Change]:
         for column in shown_columns([old, row]):
             values = finite(old.get(column)), finite(row.get(column))
             if values != (None, None):
-                result.append(Change(model, column, *values, _joint(finite(old.get(f"{column}_se")), finite(row.get(f"{column}_se")))))
+                result.append(
+                    Change(model, column, *values, _joint(finite(old.get(f"{column}_se")), finite(row.get(f"{column}_se"))))
+                )
     return result
 
 

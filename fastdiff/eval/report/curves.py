@@ -75,7 +75,10 @@ def _stroke(spans: Sequence[_Span], across: Scale, up: Scale) -> list[str]:
     corners = [(s.step, s.high) for s in spans] + [(s.step, s.low) for s in reversed(spans)]
     band = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in corners)
     mean = "L".join(f"{across(s.step):.1f} {up(s.mean):.1f}" for s in spans)
-    return [f'<polygon points="{band}" class="band" fill="{COLOURS["teacher"]}" fill-opacity=".2"/>', line(f"M{mean}h0", "teacher", width=1.5)]
+    return [
+        f'<polygon points="{band}" class="band" fill="{COLOURS["teacher"]}" fill-opacity=".2"/>',
+        line(f"M{mean}h0", "teacher", width=1.5),
+    ]
 
 
 def _scales(steps: Sequence[int], values: Sequence[float]) -> tuple[Scale, Scale]:

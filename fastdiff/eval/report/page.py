@@ -16,11 +16,11 @@ from fastdiff.errors import UserError
 from fastdiff.eval.evaluate import Result
 from fastdiff.eval.protocol import Protocol
 from fastdiff.eval.report import sections
+from fastdiff.eval.report.classes import Groups, classes, groups_of
 from fastdiff.eval.report.columns import Row
 from fastdiff.eval.report.curves import Curve
 from fastdiff.eval.report.machine import environment
 from fastdiff.eval.report.rows import rows_of
-from fastdiff.eval.report.sections import Scored
 from fastdiff.files import aside
 
 _HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ def html_report(
     columns: int = 10,
     protocol: Protocol | None = None,
     names: Mapping[str, str] | None = None,
-    groups: Mapping[str, Mapping[Any, Scored]] | None = None,
+    groups: Groups | None = None,
     group_score: str = "fd",
     curves: Mapping[str, Curve] | None = None,
     previous: Sequence[Row] | None = None,
@@ -53,7 +53,7 @@ def html_report(
         columns: prompts in the grid of images.
         protocol: under which all rows were measured; the heads of the scores carry its hash.
         names: of scores, such as ``{"fd": extractor.label}``; with a protocol FD is ``FD[<its extractor>]`` by itself.
-        groups: model to class to score with its error (``group_frechet``, or means of ``Score``).
+        groups: model to class to a value with its error, such as ``FD`` or ``Score``; by default those that the rows hold.
         group_score: the column that ``groups`` are of, which says which way is better.
         curves: of training, from ``read_curves``.
         previous: rows of an earlier run to compare with.
@@ -73,16 +73,17 @@ def html_report(
             f"scores of another n. Pass protocol.replace(n={other[0].get('n')})."
         )
     tag = {} if protocol is None else {"protocol": f"{protocol.name}#{protocol.hash}"}
-    heads = sections.score_names(rows, protocol, names or {})
+    heads = sections.heads_of(rows, protocol, names or {})
     pictures = [r for r in results if isinstance(r, Result)]
+    groups = groups_of(rows) if groups is None else groups
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        sections.scores(rows, heads, protocol),
-        sections.changed(previous, [{**r, **tag} for r in rows]) if previous is not None else "",
+        sections.scores(rows, heads),
+        sections.changed(previous, [{**r, **tag} for r in rows], heads) if previous is not None else "",
         sections.frontiers(rows, heads),
         sections.images(pictures, columns) if pictures else sections.picture(picture) if picture else "",
         sections.surface(sweep, rows) if sweep else "",
-        sections.classes(groups, group_score) if groups else "",
+        classes(groups, group_score) if groups else "",
         sections.training(curves) if curves else "",
         sections.choices(protocol) if protocol is not None else "",
         sections.making(command, facts or {}, environment() if machine is None else machine),

@@ -8,7 +8,7 @@ within their errors may swap with points beside them.
 import html
 from collections.abc import Sequence
 
-from fastdiff.eval.report.columns import COLUMNS, Row, cells, finite, generated, higher_is_better, short
+from fastdiff.eval.report.columns import COLUMNS, Row, better, cells, finite, generated
 from fastdiff.eval.report.labels import Box, Spot, place
 from fastdiff.eval.report.svg import COLOURS, Scale, clipped, drawing, line, paint, text
 
@@ -18,20 +18,19 @@ INSIDE = Box(LEFT + 2, TOP - 8, WIDTH - 2, BOTTOM - 1)  # where names may stand
 AXES = {
     "nfe": "network calls an image (NFE)",
     "latency_ms_p50": "latency of one image, ms (p50)",
-    "params": "parameters of the network",
+    "parameters_m": "parameters of the denoiser, millions",
 }
 
 
-def pareto_frontier(
-    points: Sequence[tuple[float | None, float | None]], *, higher_is_better: bool = False
-) -> list[int]:
+def pareto_frontier(points: Sequence[tuple[float | None, float | None]], *, higher_is_better: bool = False) -> list[int]:
     """The indices of the points (cost, quality) that no other dominates, by cost and then by index; O(n log n).
 
     Less cost is better; less quality too (a distance) unless ``higher_is_better``. A point with a value that is None or not
     finite is not on the frontier and dominates nobody.
     """
     sign = -1 if higher_is_better else 1
-    known = [(cost, sign * q, i) for i, pair in enumerate(points) for cost, q in [map(finite, pair)] if cost is not None and q is not None]
+    pairs = [(finite(cost), finite(quality), i) for i, (cost, quality) in enumerate(points)]
+    known = [(cost, sign * q, i) for cost, q, i in pairs if cost is not None and q is not None]
     frontier: list[tuple[float, float, int]] = []
     for cost, q, i in sorted(known):
         if not frontier or q < frontier[-1][1] or (cost, q) == frontier[-1][:2]:
@@ -42,7 +41,7 @@ def pareto_frontier(
 def frontier_of(rows: Sequence[Row], cost: str, quality: str) -> list[Row]:
     """The rows on the frontier of two columns, the cheapest first."""
     points = [(_cost(row, cost), finite(row.get(quality))) for row in rows]
-    return [rows[i] for i in pareto_frontier(points, higher_is_better=higher_is_better(quality))]
+    return [rows[i] for i in pareto_frontier(points, higher_is_better=better(quality) == "high")]
 
 
 def pareto_svg(rows: Sequence[Row], *, cost: str = "nfe", quality: str = "fd", label: str = "") -> str:
@@ -50,7 +49,8 @@ def pareto_svg(rows: Sequence[Row], *, cost: str = "nfe", quality: str = "fd", l
 
     Cost is in the logarithm. Quality starts at 0 where less is better, and is in the logarithm when it spans more than a
     factor of 30. Real images, which cost nothing, are a dashed line across. Points of the frontier are full and always
-    named; the others are hollow, and named where there is room. Rows without the two columns are left out.
+    named; the others are hollow, and named where there is room. Rows without the two columns are left out. Less is better for a
+    column of which nothing is known.
 
     Args:
         label: of the quality axis; by default the column's name.
@@ -58,7 +58,7 @@ def pareto_svg(rows: Sequence[Row], *, cost: str = "nfe", quality: str = "fd", l
     rows = [r for r in rows if finite(r.get(quality)) is not None]
     points, floors = [r for r in rows if _cost(r, cost) is not None], [r for r in rows if not generated(r)]
     across = _across([r[cost] for r in points])
-    up = _up([(r[quality], finite(r.get(f"{quality}_se")) or 0.0) for r in [*points, *floors]], higher_is_better(quality))
+    up = _up([(r[quality], finite(r.get(f"{quality}_se")) or 0.0) for r in [*points, *floors]], better(quality) == "high")
     label = (label or COLUMNS.get(quality, quality)) + (" (log)" if up.log else "")
     best = {id(r) for r in frontier_of(points, cost, quality)}
     points.sort(key=lambda r: (id(r) not in best, r[cost]))
@@ -99,11 +99,13 @@ def _up(values: Sequence[tuple[float, float]], higher: bool) -> Scale:
 
 
 def _axes(across: Scale, up: Scale, cost: str, label: str) -> list[str]:
-    shown = short if cost == "params" else "{:g}".format
     parts = [line(f"M{LEFT} {up(v):.1f}H{RIGHT}", "rule") for v in up.ticks()]
     parts += [text(LEFT - 6, up(v) + 4, f"{v:g}", kind="muted", anchor="end") for v in up.ticks()]
     for v in across.ticks(octaves=cost == "nfe"):
-        parts += [line(f"M{across(v):.1f} {BOTTOM}v4", "ink"), text(across(v), BOTTOM + 17, shown(v), kind="muted", anchor="middle")]
+        parts += [
+            line(f"M{across(v):.1f} {BOTTOM}v4", "ink"),
+            text(across(v), BOTTOM + 17, f"{v:g}", kind="muted", anchor="middle"),
+        ]
     parts += [line(f"M{LEFT} {TOP}V{BOTTOM}H{RIGHT}", "ink"), text(8, 16, label)]
     return [*parts, text((LEFT + RIGHT) / 2, HEIGHT - 10, AXES.get(cost, COLUMNS.get(cost, cost)), anchor="middle")]
 

@@ -46,8 +46,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("model"), str):
             raise UserError(f"row {i + 1} of {path} has no model's name: {_foreign(row)}")
-        if bad := [k for k, v in row.items() if not isinstance(v, int | float | str | None)]:
-            raise UserError(f"{bad[0]!r} in row {i + 1} of {path} is no number and no text: {_foreign(row[bad[0]])}")
+        for key, value in row.items():
+            if not (_groups(value) if key == "groups" else isinstance(value, int | float | str | None)):
+                raise UserError(f"{key!r} in row {i + 1} of {path} is no number and no text: {_foreign(value)}")
     return rows
 
 
@@ -77,6 +78,13 @@ def _line(path: Path, number: int, line: str) -> Any:
         return json.loads(line, parse_constant=_no_number)
     except ValueError as error:
         raise UserError(f"line {number} of {path} is no JSON ({error}): give a file that an evaluation wrote.") from error
+
+
+def _groups(value: Any) -> bool:
+    """Whether it is ``{class: [value, error]}``."""
+    if not isinstance(value, dict):
+        return False
+    return all(isinstance(v, list) and len(v) == 2 and all(isinstance(x, int | float) for x in v) for v in value.values())
 
 
 def _no_number(name: str) -> None:

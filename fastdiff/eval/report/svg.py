@@ -48,7 +48,8 @@ def text(x: float, y: float, value: str, *, kind: str = "ink", anchor: str = "st
 def line(path: str, kind: str, *, width: float = 1, dashed: bool = False) -> str:
     """A stroke along an SVG path."""
     dash = ' stroke-dasharray="5 4"' if dashed else ""
-    return f'<path d="{path}" fill="none" class="{kind}-line" stroke="{COLOURS[kind]}" stroke-width="{width}" stroke-linecap="round"{dash}/>'
+    stroke = f'class="{kind}-line" stroke="{COLOURS[kind]}" stroke-width="{width}" stroke-linecap="round"'
+    return f'<path d="{path}" fill="none" {stroke}{dash}/>'
 
 
 def paint(kind: str) -> str:

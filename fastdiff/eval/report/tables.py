@@ -51,7 +51,8 @@ def _head(head: Head, is_number: bool) -> str:
     note = f"<small>{html.escape(head.note)}</small>" if head.note else ""
     better = f' data-better="{head.better}" title="{head.better}er is better"' if head.better else ""
     kind = "number" if is_number else "text"
-    return f'<th scope="col" aria-sort="none" data-kind="{kind}"{better}><button type="button">{html.escape(head.text)}{note}</button></th>'
+    button = f'<button type="button">{html.escape(head.text)}{note}</button>'
+    return f'<th scope="col" aria-sort="none" data-kind="{kind}"{better}>{button}</th>'
 
 
 def _cell(cell: Cell, *, first: bool) -> str:

@@ -30,7 +30,9 @@ def find_chromium() -> str | None:
     if found := next(filter(None, map(shutil.which, _NAMES)), None):
         return found
     kept = Path.home() / ".cache" / "ms-playwright"
-    return next((str(path) for path in sorted(kept.glob("chromium*/chrome-*/*")) if path.name in ("chrome", "headless_shell")), None)
+    return next(
+        (str(path) for path in sorted(kept.glob("chromium*/chrome-*/*")) if path.name in ("chrome", "headless_shell")), None
+    )
 
 
 class Chromium:

@@ -50,7 +50,7 @@ def classes(groups: Groups, column: str) -> str:
     way = better(column)
     return (
         f"<h2>Classes</h2><p class=quiet>{_READING if column == 'fd' else ''}</p>"
-        f"<h3>The worst {min(WORST, len(names))} of {len(names)}</h3>"
+        f"<h3>{f'The worst {WORST} of {len(names)}' if len(names) > WORST else 'From the worst on'}</h3>"
         f"{sortable([Head('rank'), *map(Head, groups)], lines, label='worst classes')}"
         f"<details{opened}><summary>{label} of every class</summary>"
         f"{sortable([Head('class'), *(Head(model, better=way) for model in groups)], table, label='classes')}</details>"

@@ -47,7 +47,7 @@ def curve_svg(curve: Curve, *, label: str) -> str:
     """
     runs = [list(run) for known, run in groupby(curve, key=lambda point: math.isfinite(point[1])) if known]
     across, up = _scales([step for step, _ in curve], [value for run in runs for _, value in run])
-    span = max((across.high - across.low) / _SPANS, 1.0)
+    span = max((across.high + 1 - across.low) / _SPANS, 1.0)  # the last step belongs to the last span
     parts = [line(f"M{LEFT} {up(v):.1f}H{RIGHT}", "rule") for v in up.ticks()]
     parts += [text(LEFT - 5, up(v) + 4, f"{v:.3g}", kind="muted", anchor="end") for v in up.ticks()]
     parts += [text(across(v), BOTTOM + 16, f"{v:g}", kind="muted", anchor="middle") for v in across.ticks()]

@@ -8,7 +8,7 @@ within their errors may swap with points beside them.
 import html
 from collections.abc import Sequence
 
-from fastdiff.eval.report.columns import COLUMNS, Row, better, cells, finite, generated
+from fastdiff.eval.report.columns import COLUMNS, Row, better, cells, finite, generated, number
 from fastdiff.eval.report.labels import Box, Spot, place
 from fastdiff.eval.report.svg import COLOURS, Scale, clipped, drawing, line, paint, text
 
@@ -48,9 +48,9 @@ def pareto_svg(rows: Sequence[Row], *, cost: str = "nfe", quality: str = "fd", l
     """Each row's ``quality`` over its ``cost`` with one standard error up and down, and the frontier as a staircase.
 
     Cost is in the logarithm. Quality starts at 0 where less is better, and is in the logarithm when it spans more than a
-    factor of 30. Real images, which cost nothing, are a dashed line across. Points of the frontier are full and always
-    named; the others are hollow, and named where there is room. Rows without the two columns are left out. Less is better for a
-    column of which nothing is known.
+    factor of 5. Rows without any cost, such as real images, are a dashed line across, at the lower edge with an arrow when
+    they lie below a logarithmic axis. Points of the frontier are full and always named; the others are hollow, and named
+    where there is room. Rows without the two columns are left out. Less is better for a column of which nothing is known.
 
     Args:
         label: of the quality axis; by default the column's name.
@@ -58,17 +58,20 @@ def pareto_svg(rows: Sequence[Row], *, cost: str = "nfe", quality: str = "fd", l
     rows = [r for r in rows if finite(r.get(quality)) is not None]
     points, floors = [r for r in rows if _cost(r, cost) is not None], [r for r in rows if not generated(r)]
     across = _across([r[cost] for r in points])
-    up = _up([(r[quality], finite(r.get(f"{quality}_se")) or 0.0) for r in [*points, *floors]], better(quality) == "high")
+    floor = [r[quality] for r in floors]
+    up = _up([(r[quality], finite(r.get(f"{quality}_se")) or 0.0) for r in points], floor, better(quality) == "high")
     label = (label or COLUMNS.get(quality, quality)) + (" (log)" if up.log else "")
     best = {id(r) for r in frontier_of(points, cost, quality)}
     points.sort(key=lambda r: (id(r) not in best, r[cost]))
     at = [(across(r[cost]), up(r[quality])) for r in points]
     parts = [*_axes(across, up, cost, label), line(_staircase(at[: len(best)]), "frontier", width=2)]
-    parts += [line(f"M{LEFT} {up(r[quality]):.1f}H{RIGHT}", "muted", dashed=True) for r in floors]
+    parts += [line(f"M{LEFT} {_edge(up, v):.1f}H{RIGHT}", "muted", dashed=True) for v in floor]
     parts += [_point(r, x, up, cost, quality, full=id(r) in best) for r, (x, _) in zip(points, at, strict=True)]
-    spots = [Spot(RIGHT - 2, up(r[quality]) - 5, clipped(r["model"], 50), "end") for r in floors]
+    spots = [_floor_name(r["model"], v, up) for r, v in zip(floors, floor, strict=True)]
     parts += [text(spot.x, spot.y, spot.text, kind="muted", anchor=spot.anchor) for spot in spots]
     taken = [spot.box for spot in spots] + [Box(x - 6, y - 6, x + 6, y + 6) for x, y in at]
+    corners = [*at[: len(best)], (RIGHT, 0.0)]
+    taken += [Box(x, y - 1, end, y + 1) for (x, y), (end, _) in zip(corners, corners[1:], strict=False)]
     for r, (x, y) in zip(points, at, strict=True):
         if found := place(r["model"], x, y, taken, INSIDE, must=id(r) in best):
             parts.append(text(found.x, found.y, found.text, kind=_kind(r), anchor=found.anchor))
@@ -87,15 +90,28 @@ def _across(costs: Sequence[float]) -> Scale:
     return Scale(low / margin, high * margin, LEFT, RIGHT, log=True)
 
 
-def _up(values: Sequence[tuple[float, float]], higher: bool) -> Scale:
-    low, high = min((v - e for v, e in values), default=0.0), max((v + e for v, e in values), default=1.0)
-    smallest, largest = (f((v for v, _ in values), default=1.0) for f in (min, max))
-    if not higher and smallest > 0 and largest / smallest > 30:
-        return Scale(max(low, smallest / 2) / 1.3, high * 1.3, BOTTOM, TOP, log=True)
+def _up(values: Sequence[tuple[float, float]], floors: Sequence[float], higher: bool) -> Scale:
+    """The scale of quality for points with their errors, and floors that it shows if it is linear."""
+    measured = [v for v, _ in values]
+    if not higher and measured and min(measured) > 0 and max(measured) > 5 * min(measured):
+        least = min(v - e if v > 1.5 * e else v / 1.5 for v, e in values)
+        return Scale(least / 1.3, 1.3 * max(v + e for v, e in values), BOTTOM, TOP, log=True)
+    low = min([v - e for v, e in values] + list(floors), default=0.0)
+    high = max([v + e for v, e in values] + list(floors), default=1.0)
     if not higher and low >= 0:
         return Scale(0.0, 1.1 * high or 1.0, BOTTOM, TOP)
     margin = 0.12 * (high - low) or abs(high) * 0.1 or 1.0
     return Scale(low - margin, high + margin, BOTTOM, TOP)
+
+
+def _edge(up: Scale, value: float) -> float:
+    """Where a floor is drawn: at its value, or at the edge of a logarithmic axis that it leaves."""
+    return up(min(max(value, up.low), up.high))
+
+
+def _floor_name(model: str, value: float, up: Scale) -> Spot:
+    arrow = "↓ " if value < up.low else "↑ " if value > up.high else ""
+    return Spot(RIGHT - 2, _edge(up, value) - 5, f"{arrow}{clipped(model, 44)}: {number(value)}", "end")
 
 
 def _axes(across: Scale, up: Scale, cost: str, label: str) -> list[str]:
@@ -119,7 +135,7 @@ def _staircase(points: Sequence[tuple[float, float]]) -> str:
 def _point(row: Row, x: float, up: Scale, cost: str, quality: str, *, full: bool) -> str:
     kind, value, error = _kind(row), row[quality], finite(row.get(f"{quality}_se"))
     bar = ""
-    if error and not (up.log and value <= error):
+    if error and not (up.log and value <= 1.5 * error):
         bar = line(f"M{x:.1f} {up(value - error):.1f}V{up(value + error):.1f}", kind, width=1.5)
     fill = paint(kind) if full else f'class="{kind}-line hollow" fill="#fff" stroke="{COLOURS[kind]}" stroke-width="1.5"'
     about = html.escape(", ".join([row["model"], *cells(row, [quality, cost])]))

@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastdiff.errors import UserError
 from fastdiff.eval.report.columns import Row, finite, number
-from fastdiff.eval.report.svg import COLOURS, Scale, clipped, drawing, text
+from fastdiff.eval.report.svg import CHARACTER, COLOURS, Scale, clipped, drawing, text
 from fastdiff.files import aside
 
-_CELL, _ROW, _LEFT, _TOP, _BAR = 62, 34, 170, 46, 12  # pixels: a cell's width and height, the labels, the colour bar
+_CELL, _ROW, _TOP, _BAR, _LONGEST = 62, 34, 46, 12, 34  # pixels; the last in characters
 _RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis: dark is low
 
 
@@ -103,28 +103,29 @@ def _layout(rows: Sequence[Row], students: Sequence[Row]) -> tuple[float, float,
     if not values:
         raise UserError("no row of the sweep has a distance `fd`: there is nothing to draw.")
     ramp = Scale(min(values), max(values) if max(values) > min(values) else min(values) + 1.0, 0.0, 1.0, log=min(values) > 0)
-    labels = [Label(_LEFT + _CELL * len(steps) / 2, 14, "steps", "middle")]
-    labels += [Label(_LEFT + _CELL * (j + 0.5), 34, str(k), "middle") for j, k in enumerate(steps)]
+    left = 24 + CHARACTER * max(len(clipped(name, _LONGEST)) for lines in blocks for name in lines)
+    labels = [Label(left + _CELL * len(steps) / 2, 14, "steps", "middle")]
+    labels += [Label(left + _CELL * (j + 0.5), 34, str(k), "middle") for j, k in enumerate(steps)]
     cells, y = list[Cell](), float(_TOP)
     for lines in filter(None, blocks):
         for name, line in lines.items():
-            labels.append(Label(_LEFT - 10, y + _ROW / 2, clipped(name, 24), "end"))
-            cells += _row(line, steps, y, ramp, min(_known(lines), default=None))
+            labels.append(Label(left - 10, y + _ROW / 2, clipped(name, _LONGEST), "end"))
+            cells += _row(line, steps, left, y, ramp, min(_known(lines), default=None))
             y += _ROW
         y += 12
-    cells += [Cell(_LEFT + 5 * i - 1, y, 7, _BAR, _colour(i / 23)) for i in range(24)]
-    labels.append(Label(_LEFT - 10, y + _BAR / 2, f"FD {ramp.low:.3g}", "end"))
-    labels.append(Label(_LEFT + 130, y + _BAR / 2, f"{ramp.high:.3g}{' (log)' if ramp.log else ''}"))
-    return _LEFT + _CELL * max(len(steps), 4) + 10, y + _BAR + 8, cells, labels
+    cells += [Cell(left + 5 * i - 1, y, 7, _BAR, _colour(i / 23)) for i in range(24)]
+    labels.append(Label(left - 10, y + _BAR / 2, f"FD {ramp.low:.3g}", "end"))
+    labels.append(Label(left + 130, y + _BAR / 2, f"{ramp.high:.3g}{' (log)' if ramp.log else ''}"))
+    return left + _CELL * max(len(steps), 4) + 10, y + _BAR + 8, cells, labels
 
 
-def _row(line: dict[int, float | None], steps: list[int], y: float, ramp: Scale, best: float | None) -> list[Cell]:
+def _row(line: dict[int, float | None], steps: list[int], left: float, y: float, ramp: Scale, best: float | None) -> list[Cell]:
     known = [(j, line[k]) for j, k in enumerate(steps) if k in line]
     empty = (127, 127, 127)
     return [
-        Cell(_LEFT + _CELL * j, y, _CELL, _ROW, empty, "-")
+        Cell(left + _CELL * j, y, _CELL, _ROW, empty, "-")
         if v is None
-        else Cell(_LEFT + _CELL * j, y, _CELL, _ROW, _colour(ramp(v)), f"{v:.3g}", v == best)
+        else Cell(left + _CELL * j, y, _CELL, _ROW, _colour(ramp(v)), f"{v:.3g}", v == best)
         for j, v in known
     ]
 

@@ -1,17 +1,35 @@
 import base64
+import hashlib
+import html
 import io
 import json
 import re
-import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fastdiff.errors import UserError
 from fastdiff.eval.evaluate import Result
-from fastdiff.eval.plot import plot_svg
-from fastdiff.eval.report import eight_bit, environment, grid_png, html_report, rows_json, table
+from fastdiff.eval.frechet import FD
+from fastdiff.eval.protocol import Protocol
+from fastdiff.eval.report import (
+    eight_bit,
+    environment,
+    grid,
+    grid_png,
+    html_report,
+    read_rows,
+    rows_json,
+    rows_jsonl,
+    table,
+)
+from fastdiff.eval.report.classes import worst
+from fastdiff.eval.report.columns import number
+from fastdiff.eval.report.pictures import inline
+from fastdiff.eval.stats import Score
 
 PROMPTS = ["a red boot on a white background", "a blue bag on a pink background", "a cyan coat on a black background"]
 
@@ -90,41 +108,126 @@ def test_json_refuses_nan_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_plot_puts_calls_in_octaves_and_quality_from_zero():
-    rows = [{"model": f"teacher ({k})", "nfe": float(k), "fd": fd} for k, fd in ((1, 4.0), (8, 2.0), (64, 1.0))]
-    tree = ET.fromstring(plot_svg([*rows, {"model": "real", "nfe": None, "fd": 0.5}, {"model": "no fd", "nfe": 2.0}]))
-    points = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in tree.iter() if c.tag.endswith("circle")]
-    (x0, y0), (x1, y1), (x2, y2) = points
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
-    assert y1 - y0 == pytest.approx(2 * (y2 - y1), abs=0.3)
-    dashed = [p for p in tree.iter() if p.get("stroke-dasharray")]
-    assert len(dashed) == 1
-    floor = float(re.findall(r"M\d+ ([\d.]+)H", dashed[0].get("d", ""))[0])
-    assert floor - y2 == pytest.approx((y2 - y1) / 2, abs=0.3)
-
-
-def test_plot_of_one_row_and_of_none():
-    assert plot_svg([{"model": "student (1 step)", "nfe": 1.0, "fd": 0.0}]).count("<circle") == 1
-    assert plot_svg([]).count("<circle") == 0
-
-
 def test_page_is_self_contained(tmp_path):
     path = tmp_path / "report.html"
     html_report(path, RESULTS, title="run <1>", command="fastdiff eval a & b", facts={"seed": 7})
     page = path.read_text(encoding="utf-8")
-    assert not re.search(r"(src|href)=[\"'](?!data:)", page)
-    assert "<script" not in page
+    assert not re.search(r"(src|href|action|data)=[\"'](?!data:image/png;base64,)", page)
+    assert not re.search(r"@import|url\(", page)
+    assert page.count("<script") == 1
     assert "<h1>run &lt;1&gt;</h1>" in page
     assert "<pre>fastdiff eval a &amp; b</pre>" in page
-    assert "<td>1.25 ± 0.012</td>" in page
-    assert "<tr><td>seed</td><td>7</td></tr>" in page
+    assert '<td data-value="1.25">1.25 <span class="se">± 0.012</span></td>' in page
+    assert "<tr><th>seed</th><td>7</td></tr>" in page
     assert f"<td>{torch.__version__.split('+')[0]}" in page
     assert page.count("<circle") == 2
-    encoded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(encoded) == 1
+
+
+def test_policy_allows_exactly_the_style_and_the_script_of_the_page(tmp_path):
+    html_report(tmp_path / "report.html", RESULTS)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    policy = dict(part.strip().split(" ", 1) for part in re.findall(r'Policy" content="([^"]+)"', page)[0].split(";"))
+    for tag, rule in (("style", "style-src"), ("script", "script-src")):
+        (inner,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
+        assert policy[rule] == f"'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
+    assert (policy["default-src"], policy["img-src"]) == ("'none'", "data:")
+
+
+def test_images_of_the_page_are_the_pixels_of_each_model_and_prompt(tmp_path):
+    html_report(tmp_path / "report.html", RESULTS, columns=2)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    found = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)"', page)
+    assert [alt for alt, _ in found] == [f"{r.model}: {prompt}" for r in RESULTS for prompt in PROMPTS[:2]]
+    for (_, encoded), expected in zip(found, (image for r in RESULTS for image in r.images[:2]), strict=True):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+        assert (shown == np.asarray(eight_bit(expected))).all()
+
+
+def test_large_images_are_reduced_for_the_page_and_for_the_grid():
+    stripes = torch.zeros(3, 384, 768)
+    stripes[:, :, ::2] = 1.0
+    small = Image.open(io.BytesIO(base64.b64decode(inline(stripes).split(",")[1])))
+    assert small.size == (192, 96)
+    sheet = np.asarray(grid({"x": stripes[None]}, ["p"], size=96))[-96:, -96:]
+    for pixels in (np.asarray(small), sheet):  # one pixel in four by itself would be black or white all over
+        assert abs(pixels[8:-8, 8:-8].astype(int) - 127.5).max() < 16
+
+
+def test_a_page_of_written_rows_equals_that_of_the_results(tmp_path):
+    results = [replace(r, groups={"boot": FD(2.0, 0.5, 1.0, 1.0)}) for r in RESULTS]
+    options = {"machine": {"python": "3"}, "protocol": Protocol.load("fashion").replace(n=3)}
+    html_report(tmp_path / "now.html", results, **options)
+    for write, name in ((rows_json, "rows.json"), (rows_jsonl, "rows.jsonl")):
+        write(tmp_path / name, results)
+        html_report(tmp_path / "read.html", read_rows(tmp_path / name), **options)
+        now, read = ((tmp_path / page).read_text(encoding="utf-8") for page in ("now.html", "read.html"))
+        start, end = now.index("<h2>Images"), now.index("<h2>Classes")
+        assert read == now[:start].rstrip("\n") + "\n" + now[end:]
+
+
+def test_a_picture_stands_in_for_the_images(tmp_path):
     grid_png(tmp_path / "grid.png", {r.model: r.images for r in RESULTS}, PROMPTS)
-    inline = Image.open(io.BytesIO(base64.b64decode(encoded[0])))
-    assert (np.asarray(inline) == np.asarray(Image.open(tmp_path / "grid.png"))).all()
+    html_report(tmp_path / "report.html", [r.row() for r in RESULTS], picture=tmp_path / "grid.png")
+    (encoded,) = re.findall(r'src="data:image/png;base64,([^"]+)"', (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert base64.b64decode(encoded) == (tmp_path / "grid.png").read_bytes()
+    (tmp_path / "fake.png").write_text("<svg onload=alert(1)>")
+    for name in ("fake.png", "missing.png"):
+        with pytest.raises(UserError, match=name):
+            html_report(tmp_path / "other.html", [RESULTS[0].row()], picture=tmp_path / name)
+
+
+def test_heads_of_scores_carry_the_protocol_and_costs_do_not(tmp_path):
+    protocol = Protocol.load("fashion").replace(n=3)
+    html_report(tmp_path / "report.html", RESULTS, protocol=protocol, names={"clip": "CLIP score"})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    heads = [re.sub("<[^>]+>", "", head) for head in re.findall(r"<button.*?</button>", page)]
+    assert heads[:5] == ["model", "NFE", protocol.label("FD[fashion]"), protocol.label("CLIP score"), "n"]
+    for key, value in protocol.choices.items():
+        shown = "left open" if value in (None, "", ()) else str(value)
+        assert f"<tr><th>{key}</th><td>{html.escape(shown)}</td></tr>" in page
+    assert f"<code>#{protocol.hash}</code>" in page
+
+
+def test_rows_of_another_n_do_not_get_the_protocols_hash(tmp_path):
+    with pytest.raises(UserError, match=r"n=3, fashion says n=2000.*replace\(n=3\)"):
+        html_report(tmp_path / "report.html", RESULTS, protocol=Protocol.load("fashion"))
+    with pytest.raises(UserError, match="one result or more"):
+        html_report(tmp_path / "report.html", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_classes_are_listed_from_the_worst(tmp_path):
+    classes = {f"c{i}": Score((7 * i) % 12 + 0.5, 0.1) for i in range(12)} | {"lost": Score(float("nan"), 0.1)}
+    by_value = sorted((name for name in classes if name != "lost"), key=lambda name: classes[name].value)
+    assert worst(classes) == by_value[::-1][:10]
+    assert worst(classes, column="clip") == by_value[:10]
+    html_report(tmp_path / "report.html", RESULTS, groups={"a": classes, "b": {"c0": Score(0.25, float("nan"))}})
+    section = (tmp_path / "report.html").read_text(encoding="utf-8").partition("<h2>Classes</h2>")[2]
+    assert "The worst 10 of 13" in section
+    first = '<tr><th scope="row" data-value="1">1</th><td>c5 <span class="se">11.5 ± 0.1</span></td>'
+    assert f'{first}<td>c0 <span class="se">0.25 </span></td></tr>' in section
+    c0 = '<td data-value="0.5">0.5 <span class="se">± 0.1</span></td><td data-value="0.25">0.25</td>'
+    assert f'<tr><th scope="row">c0</th>{c0}</tr>' in section
+    assert '<tr><th scope="row">lost</th><td>-</td><td>-</td></tr>' in section
+
+
+def test_changes_of_the_page_are_judged_by_their_errors(tmp_path):
+    now = [r.row() for r in RESULTS]
+    before = [{**now[0], "fd": 1.5}, {**now[1], "fd": 1.49, "clip": 40.0}, {**now[2], "model": "real <old>"}]
+    html_report(tmp_path / "report.html", RESULTS, previous=before)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    rows = [
+        re.sub("<[^>]+>", "|", row) for row in re.findall(r"<tr>.*?</tr>", page.partition("What changed")[2].partition("<h2>")[0])
+    ]
+    assert [("yes, better" in row, "yes, worse" in row) for row in rows[1:]] == [(True, False), (False, False), (False, True)]
+    assert "-0.25" in rows[1]
+    assert "New: real (held-out)." in page
+    assert "Gone: real &lt;old&gt;." in page
+
+
+@pytest.mark.parametrize(("text", "shown"), [(None, "-"), (12, "12"), (0.123456, "0.1235"), (float("nan"), "nan"), ("a", "a")])
+def test_numbers_have_four_digits(text, shown):
+    assert number(text) == shown
 
 
 def test_environment_names_versions_and_threads():

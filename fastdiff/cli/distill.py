@@ -74,7 +74,7 @@ def report(
     trainer: "Trainer", results: "list[Result]", protocol: "Protocol | None", facts: dict[str, Any], *, command: str
 ) -> None:
     """Print the table; write ``result.json``, with results ``report.html`` and ``grid.png`` too; say where to look."""
-    from fastdiff.eval.report import environment, grid_png, html_report, rows_json, table
+    from fastdiff.eval.report import environment, grid_png, html_report, read_curves, rows_json, table
 
     folder = trainer.config.output_dir
     if results:
@@ -85,7 +85,15 @@ def report(
     if results:
         title = f"{trainer.result['method']} student of {trainer.teacher.name}"
         shown = {**trainer.result, **{f"evaluation, {name}": value for name, value in facts.items()}}
-        html_report(folder / "report.html", results, title=title, command=command, facts=shown)
+        html_report(
+            folder / "report.html",
+            results,
+            title=title,
+            command=command,
+            facts=shown,
+            protocol=protocol,
+            curves=read_curves(folder / "log.jsonl"),
+        )
         grid_png(folder / "grid.png", {result.model: result.images for result in results}, results[0].prompts)
         print(f"picture  {folder / 'grid.png'}\nreport   {folder / 'report.html'}")
     print(f'student  {folder}, for plain diffusers: DiffusionPipeline.from_pretrained("{folder}")(prompt).images[0]')

@@ -221,7 +221,7 @@ def run(argv: Sequence[str]) -> int:
         named = {} if protocol is None else {"protocol": protocol.record}
         rows_json(chosen.json, results, **named, evaluation=facts, command=command, environment=environment())
     if chosen.report:
-        html_report(chosen.report, results, command=command, facts=facts)
+        html_report(chosen.report, results, command=command, facts=facts, protocol=protocol)
     if chosen.grid:
         grid_png(chosen.grid, {result.model: result.images for result in results}, results[0].prompts)
     return 0

@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
     )
     from fastdiff.eval.protocol import Protocol, comparable
     from fastdiff.eval.report import changes, read_facts, read_rows
-    from fastdiff.eval.report.columns import higher_is_better, score_columns
+    from fastdiff.eval.report.columns import better, score_columns
 
     before, after = ((read_rows(path), read_facts(path).get("protocol")) for path in chosen.files)
     if before[1] and after[1]:
@@ -56,8 +56,8 @@ def run(argv: Sequence[str]) -> int:
         for c in shown
     ]
     print("\n".join(columns([head, *lines], left=2)))
-    scores = set(score_columns([*before[0], *after[0]]))
-    worse = [c for c in shown if c.column in scores and c.exceeds and (c.difference or 0) * (1 if higher_is_better(c.column) else -1) < 0]
+    scores = score_columns([*before[0], *after[0]])
+    worse = [c for c in shown if c.column in scores and c.exceeds and ((c.difference or 0) < 0) == (better(c.column) == "high")]
     if worse:
         print(f"\nworse: {', '.join(f'{c.column} of {c.model}' for c in worse)}")
     return 1 if chosen.gate and worse else 0

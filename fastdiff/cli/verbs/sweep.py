@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fastdiff.cli.evaluate import check, of_the_world
 from fastdiff.cli.evaluate import Options as Chosen
+from fastdiff.cli.evaluate import check, of_the_world
 from fastdiff.cli.loading import open_pipeline
 from fastdiff.cli.options import parse
 from fastdiff.errors import UserError
@@ -51,14 +51,18 @@ def run(argv: Sequence[str]) -> int:
     opened = open_pipeline(teacher, chosen.device)
     pipelines = {name: open_pipeline(folder, chosen.device) for name, folder in students.items()}
     if not all(map(of_the_world, [opened, *pipelines.values()])):
-        raise UserError(f"{teacher} is not of the bundled world, whose scores a sweep draws: use `fastdiff eval --protocol` a cell.")
+        raise UserError(
+            f"{teacher} is not of the bundled world, whose scores a sweep draws: use `fastdiff eval --protocol` a cell."
+        )
     from fastdiff.eval.protocol import Protocol
     from fastdiff.eval.report import environment, rows_json, surface_png
 
     rows, beside = _scored(opened, pipelines, chosen)
     protocol = Protocol.load("fashion").replace(n=chosen.num_images, seed=chosen.seed)
     command = shlex.join(["fastdiff", "eval", "sweep", *argv])
-    rows_json(chosen.output.with_suffix(".json"), [*rows, *beside], protocol=protocol.record, command=command, environment=environment())
+    rows_json(
+        chosen.output.with_suffix(".json"), [*rows, *beside], protocol=protocol.record, command=command, environment=environment()
+    )
     surface_png(chosen.output, [row.row() for row in rows], [row.row() for row in beside])
     print(f"surface  {chosen.output}\nrows     {chosen.output.with_suffix('.json')}")
     return 0

@@ -110,7 +110,7 @@ def test_json_refuses_nan_and_leaves_nothing(tmp_path):
 
 def test_page_is_self_contained(tmp_path):
     path = tmp_path / "report.html"
-    html_report(path, RESULTS, title="run <1>", command="fastdiff eval a & b", facts={"seed": 7})
+    html_report(path, RESULTS, title="run <1>", command="fastdiff eval a & b", facts={"seed": 7, "calls": {"student": 3}})
     page = path.read_text(encoding="utf-8")
     assert not re.search(r"(src|href|action|data)=[\"'](?!data:image/png;base64,)", page)
     assert not re.search(r"@import|url\(", page)
@@ -118,7 +118,7 @@ def test_page_is_self_contained(tmp_path):
     assert "<h1>run &lt;1&gt;</h1>" in page
     assert "<pre>fastdiff eval a &amp; b</pre>" in page
     assert '<td data-value="1.25">1.25 <span class="se">± 0.012</span></td>' in page
-    assert "<tr><th>seed</th><td>7</td></tr>" in page
+    assert "<tr><th>seed</th><td>7</td></tr><tr><th>calls</th><td>student: 3</td></tr>" in page
     assert f"<td>{torch.__version__.split('+')[0]}" in page
     assert page.count("<circle") == 2
 
@@ -221,6 +221,9 @@ def test_changes_of_the_page_are_judged_by_their_errors(tmp_path):
     ]
     assert [("yes, better" in row, "yes, worse" in row) for row in rows[1:]] == [(True, False), (False, False), (False, True)]
     assert "-0.25" in rows[1]
+    options = {"previous": [{**now[0], "protocol": "other#1"}], "protocol": Protocol.load("fashion").replace(n=3)}
+    with pytest.raises(UserError, match="under other#1 before and fashion"):
+        html_report(tmp_path / "other.html", RESULTS, **options)
     assert "New: real (held-out)." in page
     assert "Gone: real &lt;old&gt;." in page
 

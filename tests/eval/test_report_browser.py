@@ -18,8 +18,8 @@ from chromium import Chromium, find_chromium
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium on this machine")
 
-TITLE = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
-FDS = {"teacher (10 steps)": 10.0, "teacher (9 steps)": 9.5, "student": 1e-3, TITLE: -2.0, "unknown": None, "real": 0.25}
+TITLE = "</title></h1><script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
+FDS = {"teacher (10 steps)": 10.0, "teacher (9 steps)": 9.5, "student": 0.3, TITLE: -2.0, "unknown": None, "real": 0.25}
 
 
 def result(model: str, fd: float | None) -> Result:

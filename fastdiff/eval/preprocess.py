@@ -101,20 +101,18 @@ def quantise(images: Tensor, rounding: Rounding = "round") -> Tensor:
 
 
 def clean(levels: Tensor, size: Size) -> Tensor:
-    """PIL's bicubic of each channel in float, clipped to [0, 255], as products with the filter's matrices: w C^T, then R h.
+    """PIL's bicubic of each channel in float, clipped to [0, 255], as products with the filter's sparse matrices: C (R x)^T.
 
     It agrees with PIL to 2e-4 levels, the round-off of float32, in a third of its time.
     """
     if tuple(levels.shape[2:]) == size:
         return levels
-    (height, width), (h, w) = levels.shape[2:], size
-    rows, columns = bicubic_matrix(height, h), bicubic_matrix(width, w)
-    resized = levels.new_empty(*levels.shape[:2], h, w, device="cpu")
+    rows, columns = bicubic_matrix(levels.shape[2], size[0]), bicubic_matrix(levels.shape[3], size[1])
+    resized = torch.empty(*levels.shape[:2], *size)
     for image, target in zip(levels.detach().cpu(), resized, strict=True):  # one at a time stays in the cache
-        across = image.reshape(-1, width).t().contiguous()
-        narrow = torch.from_numpy(columns @ across.numpy()).t().contiguous().view(-1, height, w)
-        for plane, out in zip(narrow, target, strict=True):
-            torch.clamp(torch.from_numpy(rows @ plane.numpy()), 0, 255, out=out)
+        across = torch.from_numpy(rows @ image.permute(1, 2, 0).flatten(1).numpy()).t()  # [width channels, size[0]]
+        narrow = torch.from_numpy(columns @ across.contiguous().view(levels.shape[3], -1).numpy()).t()  # [channels size[0], size[1]]
+        target.view(narrow.shape).copy_(narrow).clamp_(0, 255)
     return resized.to(levels.device)
 
 

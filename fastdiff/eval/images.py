@@ -130,7 +130,7 @@ def prepared(
     folder: ImageFolder, extractor: FeatureExtractor, ids: Tensor, *, workers: int = 2, batch_size: int = 32
 ) -> Iterator[Tensor]:
     """Batches of the network's input [b, 3, h, w] of the images ``ids``, in order; each is overwritten after the next is taken."""
-    slots = _AHEAD * workers + 1
+    slots = min(_AHEAD * workers + 1, -(-len(ids) // batch_size))
     dataset, free = _Prepared(folder, extractor, int(ids[0])), deque(range(slots))
     dataset.buffers = torch.empty(slots, min(batch_size, len(ids)), *dataset.row(dataset.first).shape)
     if workers:

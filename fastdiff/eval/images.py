@@ -140,8 +140,8 @@ def prepared(
         for part in ids.split(batch_size):
             yield free.popleft(), part.tolist()  # raises, rather than overwrite a batch, if the loader ran further ahead
 
-    options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": _AHEAD if workers else None, "worker_init_fn": _keep_pages}
-    loader = DataLoader(dataset, batch_size=None, sampler=tasks(), generator=torch.Generator(), **options)
+    options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": _AHEAD if workers else None, "sampler": tasks()}
+    loader = DataLoader(dataset, batch_size=None, worker_init_fn=_keep_pages, generator=torch.Generator(), **options)
     for slot, count, error in loader:
         if error is not None:
             raise error

@@ -110,9 +110,9 @@ def clean(levels: Tensor, size: Size) -> Tensor:
     rows, columns = bicubic_matrix(levels.shape[2], size[0]), bicubic_matrix(levels.shape[3], size[1])
     resized = torch.empty(*levels.shape[:2], *size)
     for image, target in zip(levels.detach().cpu(), resized, strict=True):  # one at a time stays in the cache
-        across = torch.from_numpy(rows @ image.permute(1, 2, 0).flatten(1).numpy()).t()  # [width channels, size[0]]
-        narrow = torch.from_numpy(columns @ across.contiguous().view(levels.shape[3], -1).numpy()).t()  # [channels size[0], size[1]]
-        target.view(narrow.shape).copy_(narrow).clamp_(0, 255)
+        short = torch.from_numpy(rows @ image.permute(1, 2, 0).flatten(1).numpy()).t()  # [W channels, h]
+        small = torch.from_numpy(columns @ short.contiguous().view(levels.shape[3], -1).numpy()).t()  # [channels h, w]
+        target.view(small.shape).copy_(small).clamp_(0, 255)
     return resized.to(levels.device)
 
 

@@ -163,13 +163,13 @@ def pil(levels: Tensor, size: Size, resample: Image.Resampling = Image.Resamplin
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float().to(levels.device)
 
 
-def centre_crop(levels: Tensor, size: Size) -> Tensor:
+def centre_crop(images: Tensor, size: Size) -> Tensor:
     """The middle ``size`` of each image, where torchvision's ``center_crop`` puts it."""
-    (height, width), (h, w) = levels.shape[2:], size
+    (height, width), (h, w) = images.shape[2:], size
     if h > height or w > width:
         raise ValueError(f"a crop of {h}x{w} does not fit into images of {height}x{width}: take larger images.")
     top, left = round((height - h) / 2), round((width - w) / 2)
-    return levels[:, :, top : top + h, left : left + w]
+    return images[:, :, top : top + h, left : left + w]
 
 
 def resizer(name: str) -> Callable[[Tensor, Size], Tensor]:

@@ -4,7 +4,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from fastdiff.eval.frechet import frechet
+from fastdiff.eval.frechet import covariance_root, frechet
 from fastdiff.eval.stats import Stats
 
 
@@ -88,6 +88,14 @@ def test_a_dead_feature_gives_no_nan():
     fd = frechet(law(torch.zeros(3), a.diag()), law(torch.zeros(3), b.diag()))
     assert fd.value == pytest.approx(1 + 4 + 0.5, rel=1e-10)
     assert 0 < fd.se < 1
+
+
+def test_the_root_of_a_singular_covariance_is_real():
+    stats = Stats.of(torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).double(), extractor="x")
+    root = covariance_root(stats)
+    torch.testing.assert_close(root @ root, stats.cov(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(root, root.T, rtol=0, atol=1e-12)
+    assert torch.linalg.matrix_rank(root) == 5  # round-off is no direction
 
 
 def test_fewer_images_than_features_stay_real():

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.data.fashion import ASSETS
+from fastdiff.eval.preprocess import centre_crop
 from fastdiff.eval.stats import Score
 
 FOLDER = ASSETS / "fashion-clip"
@@ -134,8 +135,7 @@ def _crop(images: Tensor, size: tuple[int, int]) -> Tensor:
     (height, width), (h, w) = images.shape[2:], size
     factor = max(h / height, w / width)
     images = _bicubic(images, (max(h, int(height * factor)), max(w, int(width * factor))))
-    top, left = round((images.shape[2] - h) / 2), round((images.shape[3] - w) / 2)
-    return images[:, :, top : top + h, left : left + w]
+    return centre_crop(images, size)
 
 
 def load(folder: Path) -> tuple[nn.Module, Any]:

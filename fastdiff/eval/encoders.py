@@ -137,13 +137,18 @@ def open_clip_model(
 
 def _tower(network: nn.Module, name: str, size: Size, preprocess: str, unit: bool, visual: Any) -> FeatureExtractor:
     tower = Normalised(_Images(network), visual.image_mean, visual.image_std, unit=unit)
+    return _extractor(tower, network, name, size, preprocess, "pool" if unit else "raw")
+
+
+def _extractor(normalised: nn.Module, network: nn.Module, name: str, size: Size, preprocess: str, layer: str) -> FeatureExtractor:
+    """The extractor of ``normalised``; the digest is that of the ``network`` inside, whatever surrounds it."""
     return FeatureExtractor(
         name=name,
-        network=tower,
+        network=normalised,
         preprocess=Preprocess.parse(preprocess),
-        dim=_dim(tower, size),
+        dim=_dim(normalised, size),
         size=size,
-        layer="pool" if unit else "raw",
+        layer=layer,
         digest=state_digest(network),
     )
 
@@ -182,16 +187,8 @@ def classifier(
         head: name of the module whose input the features are; the last linear layer by default.
     """
     shape = (size, size) if isinstance(size, int) else size
-    normalised = Normalised(Penultimate(network, layer, head), mean, std).eval()
-    return FeatureExtractor(
-        name=name,
-        network=normalised,
-        preprocess=Preprocess.parse(preprocess),
-        dim=_dim(normalised, shape),
-        size=shape,
-        layer=layer,
-        digest=state_digest(network),
-    )
+    normalised = Normalised(Penultimate(network, layer, head), mean, std)
+    return _extractor(normalised, network, name, shape, preprocess, layer)
 
 
 def hf_classifier(

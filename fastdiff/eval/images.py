@@ -66,18 +66,18 @@ class ImageFolder:
         return len(self.files)
 
     def levels(self, i: int) -> Tensor:
-        """Image ``i`` as whole levels [3, H, W] in [0, 255], float32."""
+        """Image ``i`` as whole levels [3, H, W] in [0, 255], float32, a view of [H, W, 3]."""
         file = self.files[i]
         try:
             with Image.open(file) as image:
                 if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                     raise UserError(f"{file} has an alpha channel: composite it on a background first.")
-                if image.mode not in _MODES:
-                    raise UserError(f"{file} is {image.mode}, not 8 bits a channel: convert it first, since PIL cuts it off.")
+                if image.mode not in _MODES or any(";16" in str(tile[3]) for tile in getattr(image, "tile", [])):
+                    raise UserError(f"{file} ({image.mode}) has more than 8 bits a channel, which PIL cuts off: convert it first.")
                 pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
             raise UserError(f"{file} cannot be decoded: {error}") from error
-        return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Images ``ids`` [b] as [b, 3, H, W] in [0, 1]; ``UserError`` that names two files when their sizes differ."""
@@ -130,7 +130,7 @@ def prepared(
     folder: ImageFolder, extractor: FeatureExtractor, ids: Tensor, *, workers: int = 2, batch_size: int = 32
 ) -> Iterator[Tensor]:
     """Batches of the network's input [b, 3, h, w] of the images ``ids``, in order; each is overwritten after the next is taken."""
-    slots = _AHEAD * workers + 1
+    slots = min(_AHEAD * workers + 1, -(-len(ids) // batch_size))
     dataset, free = _Prepared(folder, extractor, int(ids[0])), deque(range(slots))
     dataset.buffers = torch.empty(slots, min(batch_size, len(ids)), *dataset.row(dataset.first).shape)
     if workers:
@@ -140,8 +140,8 @@ def prepared(
         for part in ids.split(batch_size):
             yield free.popleft(), part.tolist()  # raises, rather than overwrite a batch, if the loader ran further ahead
 
-    options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": _AHEAD if workers else None}
-    loader = DataLoader(dataset, batch_size=None, sampler=tasks(), generator=torch.Generator(), **options)
+    options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": _AHEAD if workers else None, "sampler": tasks()}
+    loader = DataLoader(dataset, batch_size=None, worker_init_fn=_keep_pages, generator=torch.Generator(), **options)
     for slot, count, error in loader:
         if error is not None:
             raise error
@@ -174,6 +174,11 @@ class _Prepared(Dataset[tuple[int, int, UserError | None]]):
         except UserError as error:
             return slot, 0, error
         return slot, len(ids), None
+
+
+def _keep_pages(_worker: int) -> None:
+    """glibc gives no freed block back that is smaller than the largest mapped one freed before: images then reuse their pages."""
+    np.empty(31 * 2**20, dtype=np.uint8)
 
 
 def _same_size(expected: Tensor, found: Tensor, first: Path, second: Path) -> None:

@@ -5,9 +5,8 @@ padding, and in a max pool in the last block, as the TensorFlow graph has them. 
 files of pytorch-fid and torch-fidelity (the same bytes) load as they are.
 
 Layers: ``pool`` [2048], for FID and KID; ``logits`` [1008]; ``logits_unbiased``, without the bias, for the Inception score as
-OpenAI's evaluator and torch-fidelity have it; ``mixed_6`` [2023], for sFID: the first 7 channels of the 1x1 branch of TF's
-mixed_6 (Mixed_6d here) at 17x17 positions, channels last as in ADM's statistics.
-(Szegedy et al., "Rethinking the Inception architecture", CVPR 2016, arXiv:1512.00567; sFID: Nash et al., 2021, arXiv:2103.03841.)
+OpenAI's evaluator and torch-fidelity have it; ``mixed_6`` [2023], for sFID (``spatial`` says where it is).
+(Szegedy et al., "Rethinking the Inception architecture", CVPR 2016, arXiv:1512.00567.)
 """
 
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from fastdiff.errors import UserError
 from fastdiff.eval.extractor import INCEPTION, FeatureExtractor
 from fastdiff.eval.preprocess import Preprocess
+from fastdiff.eval.spatial import spatial_features
 from fastdiff.eval.weights import WeightFile, state_digest
 
 Pool = Literal["average", "max", "shrink"]
@@ -135,7 +135,7 @@ class Inception(nn.Module):
         x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
         x = self.Mixed_6c(self.Mixed_6b(x))
         if self.layer == "mixed_6":
-            return self.Mixed_6d.get_submodule("branch1x1")(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+            return spatial_features(self.Mixed_6d.get_submodule("branch1x1")(x))
         x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))
         pool = self.Mixed_7c(self.Mixed_7b(x)).mean(dim=(2, 3))
         if self.layer == "pool":

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastdiff._version import __version__
 from fastdiff.errors import UserError
+from fastdiff.eval.frechet import covariance_root
 from fastdiff.eval.stats import Stats
 from fastdiff.files import aside
 
@@ -94,9 +95,8 @@ def write_reference(path: str | Path, stats: Stats, *, source: str = "", **facts
     """
     if isinstance(stats, Moments):
         raise UserError("these statistics came without their number of images: read the file again with n=...")
-    sigma = stats.cov()
     header = {**facts, "format": FORMAT, "extractor": stats.extractor, "source": source, "fastdiff": __version__}
-    arrays = {"mu": stats.mean.numpy(), "sigma": sigma.numpy(), "sqrt_sigma": symmetric_root(sigma).numpy()}
+    arrays = {"mu": stats.mean.numpy(), "sigma": stats.cov().numpy(), "sqrt_sigma": covariance_root(stats).numpy()}
     with aside(Path(path).with_suffix(".npz")) as part:
         np.savez(part, n=stats.n, ddof=1, header=np.array(json.dumps(header)), allow_pickle=False, **arrays)
 
@@ -105,12 +105,6 @@ def source_hash(files: Iterable[str | Path]) -> str:
     """SHA-256 of the sorted names and sizes of image files: a changed folder of the same name is another source."""
     entries = sorted((Path(file).name, Path(file).stat().st_size) for file in files)
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-
-
-def symmetric_root(matrix: Tensor) -> Tensor:
-    """The symmetric root of a positive semidefinite matrix [d, d]; eigenvalues below zero by round-off count as zero."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def _npz(found: Any, file: Path, extractor: str, force: bool, n: int | None) -> Reference:

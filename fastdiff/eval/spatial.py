@@ -2,8 +2,9 @@
 
 The features are the first seven channels of the layer ``mixed_6/conv`` of the 2015 Inception graph, 17 x 17 x 7 = 2023
 numbers, in the order height, width, channel of TensorFlow. (Nash et al., "Generating images with sparse representations",
-ICML 2021, arXiv:2103.03841; the evaluator of guided-diffusion.) In the port of the graph this layer is the 1x1 branch of
-the first block on the 17 x 17 grid, 192 channels (recalled).
+ICML 2021, arXiv:2103.03841; layer and channels as in the evaluator of guided-diffusion.) In torchvision's names the layer is
+``Mixed_6d.branch1x1``, the 1x1 branch of the third block on the 17 x 17 grid, 192 channels: so says the table by which
+torch-fidelity converts the graph's weights. That the tensor of this name is the one behind the ReLU is recalled.
 
 >>> frechet(Stats.of(spatial_features(maps), extractor="inception-2015/mixed_6"), reference)
 """

@@ -12,9 +12,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fastdiff.data.fashion import save_tokenizer, tokenizer, vocabulary
+from fastdiff.eval.inception import Inception
+from fastdiff.eval.preprocess import Preprocess
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -107,3 +110,25 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "open_clip_config.json").write_text(json.dumps(whole))
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_network() -> Inception:
+    """Random weights with the batch statistics of images like those of the tests: activations neither die nor explode."""
+    torch.manual_seed(0)
+    network = Inception()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network.train()((Preprocess("tf1")(torch.rand(4, 3, 40, 56), (299, 299)) - 128) / 128)
+    nn.init.normal_(network.fc.bias)
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def inception_weights(inception_network: Inception, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file in the key layout of pytorch-fid and torch-fidelity, which store no count of batches."""
+    path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save({k: v for k, v in inception_network.state_dict().items() if "num_batches" not in k}, path)
+    return path

@@ -17,25 +17,13 @@ from fastdiff.eval.weights import sha256
 
 
 @pytest.fixture(scope="module")
-def network() -> Inception:
-    """Random weights with the batch statistics of images like those of the tests: activations neither die nor explode."""
-    torch.manual_seed(0)
-    network = Inception()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        network.train()((Preprocess("tf1")(torch.rand(4, 3, 40, 56), (299, 299)) - 128) / 128)
-    nn.init.normal_(network.fc.bias)
-    return network.eval()
+def network(inception_network) -> Inception:
+    return inception_network
 
 
 @pytest.fixture(scope="module")
-def weights(network, tmp_path_factory):
-    """A file in the key layout of pytorch-fid and torch-fidelity, which store no count of batches."""
-    path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save({k: v for k, v in network.state_dict().items() if "num_batches" not in k}, path)
-    return path
+def weights(inception_weights):
+    return inception_weights
 
 
 @pytest.fixture(scope="module")

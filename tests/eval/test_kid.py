@@ -3,21 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.kid import KernelInceptionDistance
+from torch import Tensor
 
 from fastdiff.eval.kid import kid
 
 
 def normal(n: int, d: int, seed: int, *, mean: float = 0.0, sd: float = 1.0) -> Tensor:
     return mean + sd * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class Identity(nn.Module):
-    num_features = 6
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 def population(d: int, mean: float, variance: float) -> float:
@@ -49,24 +41,6 @@ def test_brute_force_over_all_pairs():
     within = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs if i != j) / (7 * 6)
     expected = within - 2 * sum(k(x[i], y[j]) for i, j in pairs) / 49
     assert kid(x, y, subset_size=7).value == pytest.approx(expected, rel=1e-12)
-
-
-def test_torchmetrics_agrees_on_the_same_features():
-    x, y = normal(40, 6, 0).float(), normal(40, 6, 1, mean=0.3).float()
-    metric = KernelInceptionDistance(feature=Identity(), subsets=1, subset_size=40, normalize=False)
-    metric.update(y, real=True)
-    metric.update(x, real=False)
-    assert kid(x, y, subset_size=40).value == pytest.approx(metric.compute()[0].item(), rel=1e-4)
-
-
-def test_torch_fidelity_agrees_to_its_seed():
-    fidelity = pytest.importorskip("torch_fidelity.metric_kid")
-    x, y = normal(90, 6, 0).float(), normal(120, 6, 1, mean=0.3).float()
-    options = {"kid_subsets": 20, "kid_subset_size": 50, "kid_degree": 3, "kid_gamma": None, "kid_coef0": 1}
-    theirs = fidelity.kid_features_to_metric(x, y, **options, rng_seed=2020, verbose=False)
-    ours = kid(x, y, subsets=20, subset_size=50)
-    assert ours.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
-    assert ours.sd == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
 
 
 def test_subsets_are_seeded_and_their_spread_is_the_population_sd():

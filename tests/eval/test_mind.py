@@ -22,13 +22,6 @@ def test_agrees_with_the_plain_sliced_distance():
     assert mind(x, y, directions=4000) == pytest.approx(15 * sliced_w2(x, y, directions=4000) ** 2, rel=0.05)
 
 
-def test_torch_fidelity_agrees_to_its_seed():
-    fidelity = pytest.importorskip("torch_fidelity.metric_mind")
-    x, y = normal(120, 6, 0), normal(150, 6, 1)
-    theirs = fidelity.mind_features_to_metric(x, y, mind_num_projections=1000, cuda=False, rng_seed=2020, verbose=False)
-    assert mind(x, y) == pytest.approx(theirs["monge_inception_distance"], rel=1e-5)
-
-
 def test_draws_are_those_of_the_published_code():
     """First the subset of the larger set, then all directions in float32, from one seeded generator."""
     x, y = normal(40, 3, 0), normal(70, 3, 1)

@@ -35,13 +35,6 @@ def test_equals_the_published_definition_for_every_block_size(k, block_bytes):
     assert [found.precision, found.recall, found.density, found.coverage] == pytest.approx(published(x, y, k), abs=1e-12)
 
 
-def test_the_prdc_package_agrees():
-    package = pytest.importorskip("prdc")
-    x, y = normal(70, 5, 0, mean=0.4), normal(90, 5, 1)
-    theirs, ours = package.compute_prdc(y.double().numpy(), x.double().numpy(), nearest_k=4), prdc(x, y, k=4)
-    assert {name: getattr(ours, name) for name in theirs} == pytest.approx(theirs, abs=1e-12)
-
-
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_a_set_against_itself_is_one_in_all_four(offset):
     """Strictly nearer: with <= the k-th neighbour would count, and density be (k + 1) / k."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.cli.evaluate import Measuring, measure
+from fastdiff.cli.evaluate import Measuring, measure, summary
 from fastdiff.cli.loading import quiet
 from fastdiff.cli.training import Run, run_options
 
@@ -74,11 +74,11 @@ def report(
     trainer: "Trainer", results: "list[Result]", protocol: "Protocol | None", facts: dict[str, Any], *, command: str
 ) -> None:
     """Print the table; write ``result.json``, with results ``report.html`` and ``grid.png`` too; say where to look."""
-    from fastdiff.eval.report import environment, grid_png, html_report, read_curves, rows_json, table
+    from fastdiff.eval.report import environment, grid_png, html_report, read_curves, rows_json
 
     folder = trainer.config.output_dir
     if results:
-        print(f"\n{table([result.row() for result in results])}\n")
+        print(f"\n{summary([result.row() for result in results], protocol, facts)}\n")
     named = {} if protocol is None else {"protocol": protocol.record}
     about = {**named, "evaluation": facts, "command": command, "environment": environment()}
     rows_json(folder / "result.json", results, **trainer.result, **about)

@@ -8,7 +8,7 @@ pipeline, at most one without ``--protocol``, is the teacher. ``fastdiff eval VE
 
 import importlib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class Options:
     pipelines: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DIR_OR_ID [DIR_OR_ID ...]")]
     """Folders written by fastdiff or diffusers, hub ids, or the bundled teacher `fashion`."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the rows as JSON."""
+    """Write the rows as JSON, with the protocol; a name ending in .jsonl gets one line a row."""
     report: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write one self-contained HTML page."""
     grid: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None
@@ -157,6 +157,16 @@ def _progress() -> Iterator[Progress]:
         bar.update(100 - bar.n)
 
 
+def summary(rows: "Sequence[Mapping[str, Any]]", protocol: "Protocol | None", facts: "Mapping[str, Any]") -> str:
+    """The table for the terminal, the distance under the name and hash of its protocol."""
+    from fastdiff.eval.report import table
+
+    if protocol is None:
+        return table(rows)
+    label = facts.get("score", f"FD[{protocol.extractor}]")
+    return f"{table(rows, brief=True, names={'fd': label})}\n\n{protocol.label(label)}; all scores are in the JSON file and on the page"
+
+
 def check(options: Options) -> tuple[dict[str, str], str | None]:
     """The students by the name of their row, and the teacher; a ``UserError`` before anything is loaded."""
     names = list(dict.fromkeys(options.pipelines))
@@ -213,15 +223,19 @@ def run(argv: Sequence[str]) -> int:
         options, argv, command="eval", description=f"Measure pipelines side by side. Verbs, `fastdiff eval VERB --help`: {verbs}"
     )
     results, protocol, facts = _measured(chosen, measuring, scoring)
-    from fastdiff.eval.report import environment, grid_png, html_report, rows_json, table
+    from fastdiff.eval.report import environment, grid_png, html_report, rows_json, rows_jsonl
 
-    print(table([result.row() for result in results]))
+    print(summary([result.row() for result in results], protocol, facts))
     command = shlex.join(["fastdiff", "eval", *argv])
     if chosen.json:
         named = {} if protocol is None else {"protocol": protocol.record}
-        rows_json(chosen.json, results, **named, evaluation=facts, command=command, environment=environment())
+        if chosen.json.suffix == ".jsonl":
+            rows_jsonl(chosen.json, results, protocol="" if protocol is None else f"{protocol.name}#{protocol.hash}")
+        else:
+            rows_json(chosen.json, results, **named, evaluation=facts, command=command, environment=environment())
     if chosen.report:
-        html_report(chosen.report, results, command=command, facts=facts, protocol=protocol)
+        names = {"fd": facts["score"]} if "score" in facts else None
+        html_report(chosen.report, results, command=command, facts=facts, protocol=protocol, names=names)
     if chosen.grid:
         grid_png(chosen.grid, {result.model: result.images for result in results}, results[0].prompts)
     return 0

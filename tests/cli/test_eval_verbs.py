@@ -89,6 +89,11 @@ def test_statistics_are_those_that_an_evaluation_reads(tmp_path: Path, photograp
     assert stored["evaluation"]["score"].startswith("FD[random-conv")
     assert stored["protocol"]["n"] == 12
     assert stored["protocol"]["prompts_sha256"] != ""
+    lines, page = tmp_path / "out.jsonl", tmp_path / "page.html"
+    assert main([*words, "--workers", "0", "--json", str(lines), "--report", str(page)]) == 0
+    (line,) = read_rows(lines)
+    assert line["protocol"] == f"{stored['protocol']['name']}#{stored['protocol']['hash']}"
+    assert stored["evaluation"]["score"] in page.read_text()
 
 
 def test_a_pipeline_is_drawn_to_a_folder_and_scored(

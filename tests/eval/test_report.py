@@ -85,6 +85,8 @@ def test_pixels_are_rounded_not_truncated():
 
 
 def test_table_aligns_and_shows_errors():
+    assert "FD mean" not in table([r.row() for r in RESULTS], brief=True)
+    assert table([r.row() for r in RESULTS], brief=True, names={"fd": "FD[x]#1"}).splitlines()[0].split().count("FD[x]#1") == 1
     lines = table([r.row() for r in RESULTS]).splitlines()
     assert lines[0].split() == ["model", "NFE", "FD", "CLIP", "n"]
     assert lines[1].split() == ["teacher", "(25", "steps)", "50", "1.25", "±", "0.012", "31.5", "±", "0.25", "3"]

@@ -50,6 +50,10 @@ _COSTS = (
     *("latency_ms_p50", "latency_ms_p95", "images_per_s", "peak_memory_mib", "energy_j"),
     *("parameters_m", "pipeline_parameters_m", "size_mb"),
 )
+_FINE = frozenset(
+    {"guidance_scale", "fd_mean", "fd_cov", "fd_inf", "kid", "mind", "n_duplicates", "density", "coverage", "n"}
+    | {"latency_ms_p95", "peak_memory_mib", "parameters_m", "pipeline_parameters_m", "size_mb"}
+)
 _HIDDEN = ("protocol", "groups")
 
 
@@ -113,10 +117,16 @@ def named(rows: Iterable[Row]) -> dict[str, Row]:
     return found
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned plain text, one line a model."""
-    columns = shown_columns(rows)
-    lines = [[COLUMNS.get(c, c) for c in columns], *(cells(row, columns) for row in rows)]
+def table(rows: Sequence[Row], *, brief: bool = False, names: Mapping[str, str] | None = None) -> str:
+    """The rows as aligned plain text, one line a model.
+
+    Args:
+        brief: only the columns that most readers ask for, so that a line fits a terminal.
+        names: of columns in place of ``COLUMNS``, such as ``{"fd": protocol.label("FD[fashion]")}``.
+    """
+    columns = [c for c in shown_columns(rows) if not (brief and c in _FINE)]
+    heads = {**COLUMNS, **(names or {})}
+    lines = [[heads.get(c, c) for c in columns], *(cells(row, columns) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(
         "  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))).rstrip()

@@ -164,7 +164,8 @@ def summary(rows: "Sequence[Mapping[str, Any]]", protocol: "Protocol | None", fa
     if protocol is None:
         return table(rows)
     label = facts.get("score", f"FD[{protocol.extractor}]")
-    return f"{table(rows, brief=True, names={'fd': label})}\n\n{protocol.label(label)}; all scores are in the JSON file and on the page"
+    shown = table(rows, brief=True, names={"fd": label})
+    return f"{shown}\n\n{protocol.label(label)}; all scores are in the JSON file and on the page"
 
 
 def check(options: Options) -> tuple[dict[str, str], str | None]:

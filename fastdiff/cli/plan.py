@@ -18,8 +18,8 @@ from fastdiff.cli.options import columns
 from fastdiff.cli.training import Run, run_options
 
 if TYPE_CHECKING:
+    from fastdiff.trainers._plan import Plan
     from fastdiff.trainers.method import Calls
-    from fastdiff.trainers.plan import Plan
 
 
 @dataclass(kw_only=True)
@@ -129,7 +129,7 @@ def run(argv: Sequence[str]) -> int:
     options, config, method, _ = run_options(argv, command="plan", run=Options)
     from fastdiff.files import aside
     from fastdiff.models.teacher import Teacher
-    from fastdiff.trainers.plan import plan
+    from fastdiff.trainers._plan import plan
 
     quiet()
     teacher = Teacher.planned(options.teacher)

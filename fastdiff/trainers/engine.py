@@ -30,7 +30,7 @@ from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import export_student
 from fastdiff.trainers import checkpoint
-from fastdiff.trainers.checks import check_folder, checks
+from fastdiff.trainers._checks import check_folder, checks
 from fastdiff.trainers.config import FREE_ON_RESUME, Config
 from fastdiff.trainers.draws import Draws, generator_for
 from fastdiff.trainers.health import Health

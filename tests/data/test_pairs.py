@@ -167,7 +167,7 @@ def test_equal_settings_use_the_file(tmp_path: Path) -> None:
     [
         {"seed": 1},
         {"pair_steps": 1},
-        {"pair_solver": "dpmpp_2m"},
+        {"pair_solver": "ddim"},
         {"pair_guidance_scale": 1.0},
         {"prompts": PROMPTS[::-1]},
         {"world_size": 2},

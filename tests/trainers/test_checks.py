@@ -11,7 +11,7 @@ from fastdiff import Teacher
 from fastdiff.diffusion.process import RectifiedFlow
 from fastdiff.errors import UserError
 from fastdiff.trainers import DMD2, ODEPairs, checkpoint
-from fastdiff.trainers.checks import check_folder, check_precision, check_steps, check_times, checks
+from fastdiff.trainers._checks import check_folder, check_precision, check_steps, check_times, checks
 from fastdiff.trainers.config import Config
 
 

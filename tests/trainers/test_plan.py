@@ -23,9 +23,9 @@ from fastdiff.models.teacher import Teacher
 from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush
 from fastdiff.trainers._activations import kept_for_backward, resident
 from fastdiff.trainers._counts import cycle
+from fastdiff.trainers._plan import Plan, plan
 from fastdiff.trainers.config import Config
 from fastdiff.trainers.method import Calls, Method, due
-from fastdiff.trainers.plan import Plan, plan
 
 PAIRS = {"pairs": 5, "pair_steps": 2}
 METHODS = {

@@ -23,8 +23,8 @@ from fastdiff.models.roles import Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import check_exportable, exported_scheduler
 from fastdiff.trainers._activations import Timeless, kept_for_backward, resident
+from fastdiff.trainers._checks import check_folder, checks
 from fastdiff.trainers._counts import cycle, times, total
-from fastdiff.trainers.checks import check_folder, checks
 from fastdiff.trainers.config import Config
 from fastdiff.trainers.draws import Draws
 from fastdiff.trainers.engine import optimizer_of

@@ -6,12 +6,15 @@ python eval/pair_solvers.py --output docs/results/pair_solvers.json
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
+from torch import Tensor
 
 from fastdiff import Teacher
 from fastdiff.data.fashion import random_captions
+from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.solvers import SOLVERS, trailing_times
 from fastdiff.eval.fashion import FashionMetrics
 from fastdiff.files import aside
@@ -31,7 +34,7 @@ def main(output: Path, n: int = 2000, guidance_scale: float = 3.0, seed: int = 0
             cond, z = teacher.encode(prompts[start : start + batch_size]), noise[start : start + batch_size]
             null = repeat(teacher.null, len(z))
 
-            def denoise(x, t, cond=cond, null=null):
+            def denoise(x: Tensor, t: Tensor, cond: Any = cond, null: Any = null) -> Prediction:
                 return teacher.denoiser.guided(x, t, cond, null, guidance_scale)
 
             images.append(teacher.decode(SOLVERS[name](denoise, z, trailing_times(1000, steps))))

@@ -233,13 +233,17 @@ def test_a_half_precision_folder_is_planned_in_the_dtypes_it_loads_in(tmp_path: 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sizes of Stable Diffusion 1.5 without a single weight."""
+    return weightless(tmp_path_factory, (320, 640, 1280, 1280))
+
+
+def weightless(tmp_path_factory: pytest.TempPathFactory, channels: tuple[int, ...]) -> Path:
     folder = tmp_path_factory.mktemp("large")
     tiny_pipeline().save_pretrained(folder)
     vae = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     with torch.device("meta"):
         networks = {
-            "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+            "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768, block_out_channels=channels),
             "vae": AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **vae),
         }
     for name, network in networks.items():
@@ -263,6 +267,17 @@ def test_a_large_teacher_without_weights_is_planned_at_once(large: Path, tmp_pat
     assert found.roles["student"].per_gpu == pytest.approx(5 * 4 * 859_520_964 / 8, rel=1e-4)
     assert found.parts["text_encoder"].bytes > 4 * 120e6
     assert (found.refusals, found.unknown) == ([], [])
+
+
+def test_ten_billion_parameters_are_planned_without_any(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    teacher = Teacher.planned(weightless(tmp_path_factory, (1152, 2304, 4608, 4608)))
+    found = plan(METHODS["swiftbrush"], teacher, Config(output_dir=tmp_path, batch_size=1), prompts=["a red boot"])
+    assert time.perf_counter() - clock < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+    assert found.roles["teacher"].parameters > 10e9
+    assert found.roles["student"].optimizer >= 8 * found.roles["student"].trainable
+    assert found.roles["fake_score"].weights < 0.02 * found.roles["teacher"].weights
 
 
 def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """Certify, print, write; 1 when a bound was missed."""
 
-    def options(options: Options) -> Options:
-        return options
+    def options(general: Options) -> Options:
+        return general
 
     chosen = parse(
         options,

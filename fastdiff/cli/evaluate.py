@@ -216,12 +216,15 @@ def run(argv: Sequence[str]) -> int:
         verb = importlib.import_module(f"fastdiff.cli.verbs.{argv[0]}")
         return int(verb.run(argv[1:]))
 
-    def options(options: Options, measuring: Measuring, scoring: Scoring) -> tuple[Options, Measuring, Scoring]:
-        return options, measuring, scoring
+    def options(general: Options, measuring: Measuring, scoring: Scoring) -> tuple[Options, Measuring, Scoring]:
+        return general, measuring, scoring
 
-    verbs = "  ".join(f"{name}: {does}." for name, does in VERBS.items())
+    verbs = "".join(f"\n  {name:8} {does}" for name, does in VERBS.items())
     chosen, measuring, scoring = parse(
-        options, argv, command="eval", description=f"Measure pipelines side by side. Verbs, `fastdiff eval VERB --help`: {verbs}"
+        options,
+        argv,
+        command="eval",
+        description=f"Measure pipelines side by side. Verbs, explained by `fastdiff eval VERB --help`:{verbs}",
     )
     results, protocol, facts = _measured(chosen, measuring, scoring)
     from fastdiff.eval.report import environment, grid_png, html_report, rows_json, rows_jsonl

@@ -85,8 +85,8 @@ def _paragraph(entry: Entry) -> str:
 def run(argv: Sequence[str]) -> int:
     """Print the methods."""
 
-    def options(options: Options) -> Options:
-        return options
+    def options(general: Options) -> Options:
+        return general
 
     chosen = parse(options, argv, command="methods", description="List the distillation methods with their papers.")
     entries = methods().values()

@@ -75,8 +75,8 @@ def draw(pipeline: Any, options: Options) -> "Tensor":
 def run(argv: Sequence[str]) -> int:
     """Draw the grid."""
 
-    def options(options: Options) -> Options:
-        return options
+    def options(general: Options) -> Options:
+        return general
 
     chosen = parse(options, argv, command="sample", description="Draw images from a saved pipeline into a grid.")
     check(chosen)

@@ -37,8 +37,8 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """Draw, time, print."""
 
-    def options(options: Options) -> Options:
-        return options
+    def options(general: Options) -> Options:
+        return general
 
     chosen = parse(options, argv, command="eval bench", description="Network calls, latency, images a second, memory, size.")
     if not chosen.sources:

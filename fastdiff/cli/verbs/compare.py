@@ -22,8 +22,8 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """Read both, refuse what does not compare, print the differences."""
 
-    def options(options: Options) -> Options:
-        return options
+    def options(general: Options) -> Options:
+        return general
 
     chosen = parse(
         options, argv, command="eval compare", description="Differences of two results; exit code 2 when protocols differ."

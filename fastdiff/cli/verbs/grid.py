@@ -37,8 +37,8 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """Draw, write."""
 
-    def options(options: Options) -> Options:
-        return options
+    def options(general: Options) -> Options:
+        return general
 
     chosen = parse(options, argv, command="eval grid", description="Models under each other, the same noise a column.")
     if not chosen.sources or chosen.columns < 1:

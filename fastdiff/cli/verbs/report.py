@@ -33,8 +33,8 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """Read, write the page."""
 
-    def options(options: Options) -> Options:
-        return options
+    def options(general: Options) -> Options:
+        return general
 
     chosen = parse(options, argv, command="eval report", description="One self-contained page of result files.")
     if not chosen.files:

@@ -33,8 +33,8 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """Extract, write, say what of."""
 
-    def options(options: Options) -> Options:
-        return options
+    def options(general: Options) -> Options:
+        return general
 
     chosen = parse(options, argv, command="eval stats", description="Reference statistics of a folder of images.")
     from tqdm import tqdm

@@ -39,8 +39,8 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """Score every cell, write the rows and the picture."""
 
-    def options(options: Options) -> Options:
-        return options
+    def options(general: Options) -> Options:
+        return general
 
     chosen = parse(options, argv, command="eval sweep", description="FD of a teacher over steps and guidance, and of its students.")
     students, teacher = check(Chosen(pipelines=chosen.pipelines))

@@ -18,7 +18,7 @@ import tyro
 
 from fastdiff.cli.loading import open_pipeline
 from fastdiff.cli.options import parse
-from fastdiff.cli.protocols import Scoring, protocol_rows
+from fastdiff.cli.protocols import Scoring, notes, protocol_rows
 from fastdiff.cli.verbs import VERBS
 from fastdiff.errors import UserError
 
@@ -116,7 +116,7 @@ def _scores(
             progress=progress,
         )
     conventions = {f"CLIP score: {name}": value for name, value in metric.clip.conventions.items()}
-    return results, Protocol.load("fashion").replace(n=n, seed=seed), {"seed": seed, **conventions}
+    return results, Protocol.load("fashion").replace(n=n, seed=seed), {"seed": seed, **notes(results), **conventions}
 
 
 def drawn(prompts: Sequence[str], n: int) -> list[str]:
@@ -165,7 +165,8 @@ def summary(rows: "Sequence[Mapping[str, Any]]", protocol: "Protocol | None", fa
         return table(rows)
     label = facts.get("score", f"FD[{protocol.extractor}]")
     shown = table(rows, brief=True, names={"fd": label})
-    return f"{shown}\n\n{protocol.label(label)}; all scores are in the JSON file and on the page"
+    said = "".join(f"\n{name}: {text}" for name, text in facts.items() if name.startswith("note on "))
+    return f"{shown}\n\n{protocol.label(label)}; all scores are in the JSON file and on the page{said}"
 
 
 def check(options: Options) -> tuple[dict[str, str], str | None]:

@@ -53,6 +53,11 @@ def subjects(sources: Sequence[str], steps: Sequence[int], guidance_scale: float
     return found
 
 
+def notes(results: "Sequence[Result]") -> dict[str, str]:
+    """What the gates said of each model, as facts beside the scores."""
+    return {f"note on {result.model}": " ".join(result.warnings) for result in results if result.warnings}
+
+
 def protocol_rows(
     sources: Sequence[str],
     scoring: Scoring,
@@ -108,7 +113,4 @@ def protocol_rows(
                 raise UserError(str(error)) from error
             results.append(found.result)
             done = found.protocol
-            facts |= {f"note on {found.result.model}": text for text in found.warnings[:1]}
-            for text in found.warnings:
-                bar.write(f"{found.result.model}: {text}")
-    return results, done, facts
+    return results, done, {**facts, **notes(results)}

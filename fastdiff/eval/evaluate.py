@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdiff.eval.cost import count_calls, energy, latency, peak_memory
 from fastdiff.eval.frechet import FD
+from fastdiff.eval.sanity import feature_gates, image_gates
 from fastdiff.eval.scores import Scores
 from fastdiff.eval.subject import Subject, checked
 
@@ -62,6 +63,8 @@ class Result:
     """The Frechet distance of each class."""
     features: Tensor | None = field(default=None, repr=False, compare=False)
     """[n, d]: rows of two results of the same prompts and seed pair."""
+    warnings: tuple[str, ...] = ()
+    """What the gates of ``sanity`` have to say about the images and features."""
     images: Tensor = field(repr=False, compare=False)
     """[n, 3, H, W] in [0, 1], one for each of ``prompts``."""
     prompts: list[str] = field(repr=False, compare=False)
@@ -116,11 +119,13 @@ def scored(metric: Metric, images: Tensor, prompts: list[str], **facts: Any) -> 
     """The result of images that are there; ``facts`` are further fields of it, ``model`` among them."""
     found = metric(images, prompts)
     scores = found if isinstance(found, Scores) else Scores(values=found)
+    findings = [*image_gates(images), *([] if scores.features is None else feature_gates(scores.features))]
     return Result(
         n=len(images),
         metrics=scores.values,
         groups=scores.groups,
         features=scores.features,
+        warnings=tuple(finding.message for finding in findings if finding.gate != "n"),
         images=images,
         prompts=prompts,
         **facts,

@@ -2,7 +2,7 @@
 
 >>> instruments = open_instruments(Protocol.load("coco30k-dmd2"), reference="coco.npz", weights="inception-2015-12-05.pt")
 >>> measured = measure(open_source("runs/student"), prompts, "images", instruments)
->>> measured.result.row(), measured.warnings, measured.protocol.label("FID")
+>>> measured.result.row(), measured.result.warnings, measured.protocol.label("FID")
 """
 
 import inspect
@@ -48,11 +48,10 @@ class Instruments:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A result, the protocol it was really measured under, and what the gates have to say."""
+    """A result and the protocol that it was really measured under."""
 
     result: Result
     protocol: Protocol
-    warnings: list[str]
 
 
 def open_extractor(protocol: Protocol, *, weights: str | Path | None = None, reference: bool = False) -> FeatureExtractor:
@@ -152,6 +151,7 @@ def measure(
         metrics=scores.values,
         groups=scores.groups,
         features=scores.features,
+        warnings=tuple(enforce(findings)),
         steps=subject.steps,
         guidance_scale=subject.guidance_scale,
         images=shown,
@@ -159,4 +159,4 @@ def measure(
         **cost,
     )
     real = instruments.protocol.replace(n=len(images), seed=seed, prompts_sha256=prompts_hash(prompts))
-    return Measured(result=result, protocol=real, warnings=enforce(findings))
+    return Measured(result=result, protocol=real)

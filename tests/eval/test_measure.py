@@ -48,7 +48,7 @@ def test_scores_are_those_of_the_features_of_the_files(tmp_path: Path, reference
     assert instruments.label.startswith("FD[random-conv")
     assert measured.protocol.n == N
     assert measured.protocol.hash != PROTOCOL.hash
-    assert any("singular" in text for text in measured.warnings)
+    assert any("singular" in text for text in measured.result.warnings)
 
 
 def test_statistics_from_a_file_give_the_same_distance_as_the_folder_they_are_of(tmp_path: Path, reference: Path) -> None:

@@ -26,6 +26,8 @@ class Scoring:
     """Reference statistics (`fastdiff eval stats`, or TTUR, clean-fid, EDM and ADM npz), or a folder of images."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Weights of the protocol's extractor; without it FASTDIFF_WEIGHTS and the cache are looked through."""
+    clip: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of the protocol's CLIP model, as open_clip saves it, for a CLIP score; without it there is none."""
     images: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/images")
     """Where generated images are kept, a folder a row; an interrupted run goes on there."""
     batch_size: int = 16
@@ -91,7 +93,9 @@ def protocol_rows(
         )
     quiet()
     asked, scale = list(prompts[:n]), protocol.guidance_scale if protocol.guidance_scale is not None else guidance_scale
-    instruments = open_instruments(protocol, reference=scoring.reference, weights=scoring.weights, workers=scoring.workers)
+    instruments = open_instruments(
+        protocol, reference=scoring.reference, weights=scoring.weights, clip=scoring.clip, workers=scoring.workers
+    )
     rows = subjects(sources, [protocol.steps] if protocol.steps else steps, scale, device_of(device))
     results, facts, done = [], {"seed": seed, "score": instruments.label}, protocol
     with tqdm(total=len(rows) * n, unit="img", dynamic_ncols=True) as bar:

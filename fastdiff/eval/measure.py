@@ -9,18 +9,21 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastdiff.errors import UserError
+from fastdiff.eval.clip import ClipScore, reduce
 from fastdiff.eval.cost import latency
 from fastdiff.eval.evaluate import Result
 from fastdiff.eval.extractor import FeatureExtractor
 from fastdiff.eval.extractors import EXTRACTORS, load_extractor
-from fastdiff.eval.frechet import covariance_factor
+from fastdiff.eval.frechet import covariance_factor, frechet
 from fastdiff.eval.generate import generate
 from fastdiff.eval.generation import Generation
 from fastdiff.eval.images import ImageFolder, features_of_folder
+from fastdiff.eval.preprocess import Preprocess
 from fastdiff.eval.protocol import Protocol
 from fastdiff.eval.reference import read_reference
 from fastdiff.eval.sanity import enforce, feature_gates, file_gates, image_gates
@@ -39,6 +42,9 @@ class Instruments:
     protocol: Protocol
     extractor: FeatureExtractor
     reference: FeatureReference
+    patch: "Instruments | None" = None
+    """Of a second Frechet distance, of full-resolution patches, where the protocol has one and the reference is images."""
+    clip: ClipScore | None = None
 
     @property
     def label(self) -> str:
@@ -52,6 +58,15 @@ class Measured:
 
     result: Result
     protocol: Protocol
+
+
+def _clip_score(protocol: Protocol, folder: str | Path) -> ClipScore:
+    clamp = {"": "per_sample", "per_sample": "per_sample", "mean": "mean", "none": "none"}[protocol.clip_clamp]
+    scale = 100.0 if protocol.clip_scale is None else protocol.clip_scale
+    try:
+        return ClipScore(folder, prefix=protocol.clip_prefix, scale=scale, clamp=clamp, prepare="crop")  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def open_extractor(protocol: Protocol, *, weights: str | Path | None = None, reference: bool = False) -> FeatureExtractor:
@@ -74,11 +89,23 @@ def open_extractor(protocol: Protocol, *, weights: str | Path | None = None, ref
         if not key:
             raise UserError(f"the extractor {name} has its weights from nowhere: --weights {weights} would change nothing.")
         options[key] = str(weights)
-    return load_extractor(name, **options)
+    extractor = load_extractor(name, **options)
+    if extractor.preprocess.id != Preprocess.parse(chosen).id:
+        raise UserError(
+            f"{protocol.name} prepares images by {chosen}, and the extractor {name} does it by {extractor.preprocess.id} alone: "
+            "its scores would be of another protocol. Name that one in the protocol."
+        )
+    return extractor
 
 
 def open_instruments(
-    protocol: Protocol, *, reference: str | Path, weights: str | Path | None = None, workers: int = 2, batch_size: int = 32
+    protocol: Protocol,
+    *,
+    reference: str | Path,
+    weights: str | Path | None = None,
+    clip: str | Path | None = None,
+    workers: int = 2,
+    batch_size: int = 32,
 ) -> Instruments:
     """The extractor and the reference of a protocol.
 
@@ -86,23 +113,34 @@ def open_instruments(
         reference: statistics in any form that ``read_reference`` takes, or a folder of images; with a folder come the scores
             that need the reference's own features, and class names where its subfolders are classes.
         weights: of the extractor.
+        clip: a folder of the protocol's CLIP model, for a CLIP score by its prefix, scale and clamp; its images are cropped as CLIP
+            does. (DMD2 puts the prefix in at token level; here it is part of the text.)
 
     Raises:
         UserError: an extractor or reference that is not there, or a reference of another extractor.
     """
-    extractor = open_extractor(protocol, weights=weights)
+    extractor, scorer = open_extractor(protocol, weights=weights), None if clip is None else _clip_score(protocol, clip)
     if Path(reference).is_dir():
         folder = ImageFolder(reference)
         own = open_extractor(protocol, weights=weights, reference=True)
         features = features_of_folder(folder, own, workers=workers, batch_size=batch_size)
         groups = [] if folder.labels is None else [folder.classes[i] for i in folder.labels.tolist()]
         stats = Stats.of(features, extractor=extractor.id)
-        return Instruments(
-            protocol=protocol, extractor=extractor, reference=FeatureReference.of(stats, features=features, groups=groups)
-        )
+        patch = None
+        if protocol.patch_preprocess:
+            options: dict[str, Any] = {"weights": weights, "workers": workers, "batch_size": batch_size}
+            patch = open_instruments(_patches(protocol), reference=reference, **options)
+        measured = FeatureReference.of(stats, features=features, groups=groups)
+        return Instruments(protocol=protocol, extractor=extractor, reference=measured, patch=patch, clip=scorer)
     found = read_reference(reference, extractor=extractor.id)
     root = found.sqrt_sigma if found.sqrt_sigma is not None else covariance_factor(found.stats)
-    return Instruments(protocol=protocol, extractor=extractor, reference=FeatureReference(stats=found.stats, root=root))
+    measured = FeatureReference(stats=found.stats, root=root)
+    return Instruments(protocol=protocol, extractor=extractor, reference=measured, clip=scorer)
+
+
+def _patches(protocol: Protocol) -> Protocol:
+    """The protocol of the second distance: patches of generated images and reference alike."""
+    return protocol.replace(preprocess=protocol.patch_preprocess, reference_preprocess="", patch_preprocess="")
 
 
 def measure(
@@ -140,7 +178,17 @@ def measure(
     features = features_of_folder(images, instruments.extractor, workers=workers, batch_size=batch_size)
     shown = images(torch.arange(min(SHOWN, len(images))))
     findings = [*image_gates(shown), *file_gates(images.files), *feature_gates(features)]
-    scores = feature_scores(features, instruments.reference, extractor=instruments.extractor.id, groups=groups)
+    k = instruments.protocol.neighbours or 5
+    scores = feature_scores(features, instruments.reference, extractor=instruments.extractor.id, groups=groups, k=k)
+    if instruments.patch is not None:
+        second = instruments.patch
+        patches = features_of_folder(images, second.extractor, workers=workers, batch_size=batch_size)
+        found = frechet(
+            Stats.of(patches, extractor=second.extractor.id), second.reference.stats, features=patches, root=second.reference.root
+        )
+        scores |= {"fd_patch": found.value, "fd_patch_se": found.se}
+    if instruments.clip is not None:
+        scores |= _clip(instruments.clip, images, prompts, batch_size)
     cost = dict(Generation.open(folder).known if subject.stored is None else subject.known)
     if subject.stored is None and repeats:
         time = latency(lambda: subject.draw(prompts[:1], seed=seed, indices=[0]), repeats=repeats, device=subject.device)
@@ -160,3 +208,10 @@ def measure(
     )
     real = instruments.protocol.replace(n=len(images), seed=seed, prompts_sha256=prompts_hash(prompts))
     return Measured(result=result, protocol=real)
+
+
+def _clip(scorer: ClipScore, images: ImageFolder, prompts: Sequence[str], batch_size: int) -> dict[str, float]:
+    parts = torch.arange(len(images)).split(batch_size)
+    cosines = torch.cat([scorer.cosines(images(part), [prompts[i] for i in part.tolist()]) for part in parts])
+    score = reduce(cosines, scale=scorer.scale, clamp=scorer.clamp)
+    return {"clip": score.value, "clip_se": score.se}

@@ -102,12 +102,12 @@ class _RandomConv(nn.Module):
         return torch.cat(found, dim=1)
 
 
-def random_conv(width: int = 32, *, seed: int = 0, side: int = 64) -> FeatureExtractor:
+def random_conv(width: int = 32, *, seed: int = 0, side: int = 64, preprocess: str = "torch-bicubic") -> FeatureExtractor:
     """6 ``width`` features: mean and standard deviation of the channels of three random layers, at three resolutions."""
     return FeatureExtractor(
         name=f"random-conv{width}-{seed}" if side == 64 else f"random-conv{width}-{seed}-{side}",
         network=_RandomConv(width, seed),
-        preprocess=Preprocess("torch-bicubic"),
+        preprocess=Preprocess.parse(preprocess),
         dim=6 * width,
         size=(side, side),
     )

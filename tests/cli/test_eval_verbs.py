@@ -78,7 +78,7 @@ def test_report_is_made_again_from_rows_alone(tmp_path: Path) -> None:
 
 def test_statistics_are_those_that_an_evaluation_reads(tmp_path: Path, photographs: Path) -> None:
     protocol = tmp_path / "mine.toml"
-    protocol.write_text('n = 12\nprompts = "mine"\npreprocess = "none:round"\nextractor = "random-conv"\nreference = "mine"\n')
+    protocol.write_text('n = 12\nprompts = "mine"\npreprocess = "torch-bicubic"\nextractor = "random-conv"\nreference = "mine"\n')
     npz, out, prompts = tmp_path / "mine.npz", tmp_path / "out.json", tmp_path / "prompts.txt"
     assert main(["eval", "stats", str(photographs), "--protocol", str(protocol), "--output", str(npz), "--workers", "0"]) == 0
     prompts.write_text("".join(f"prompt {i}\n" for i in range(12)))
@@ -100,7 +100,7 @@ def test_a_pipeline_is_drawn_to_a_folder_and_scored(
     tmp_path: Path, photographs: Path, stranger: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     protocol, prompts, out = tmp_path / "mine.toml", tmp_path / "prompts.txt", tmp_path / "out.json"
-    protocol.write_text('n = 4\nprompts = "mine"\npreprocess = "none:round"\nextractor = "random-conv"\nreference = "mine"\n')
+    protocol.write_text('n = 4\nprompts = "mine"\npreprocess = "torch-bicubic"\nextractor = "random-conv"\nreference = "mine"\n')
     prompts.write_text("a zebra\na red boot\na zebra\na bag\n")
     words = ["eval", str(stranger), "--protocol", str(protocol), "--prompts", str(prompts), "--images", str(tmp_path / "images")]
     words += ["--workers", "0", "--teacher-steps", "2", "--json", str(out)]

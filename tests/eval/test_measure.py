@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import UserError
+from fastdiff.eval.clip import ClipScore
 from fastdiff.eval.extractors import load_extractor
 from fastdiff.eval.frechet import frechet
 from fastdiff.eval.generate import generate
 from fastdiff.eval.images import ImageFolder
 from fastdiff.eval.measure import measure, open_extractor, open_instruments
+from fastdiff.eval.prdc import prdc
 from fastdiff.eval.protocol import Protocol
 from fastdiff.eval.reference import write_reference
 from fastdiff.eval.sources import open_source
@@ -20,12 +22,12 @@ from fastdiff.eval.subject import Subject
 
 N = 24
 PROMPTS = [f"prompt {i}" for i in range(N)]
-PROTOCOL = Protocol(name="tiny", n=N, prompts="ours", preprocess="none:round", extractor="random-conv", reference="ours")
+PROTOCOL = Protocol(name="tiny", n=N, prompts="ours", preprocess="torch-bicubic", extractor="random-conv", reference="ours")
 
 
 def noisy(name: str, level: float) -> Subject:
     def draw(prompts: list[str], generators: list[torch.Generator]) -> Tensor:
-        return torch.cat([level * torch.rand(1, 3, 16, 16, generator=own) for own in generators])
+        return torch.cat([level * torch.rand(1, 3, 80, 80, generator=own) for own in generators])
 
     return Subject(name=name, generate=draw)
 
@@ -70,8 +72,24 @@ def test_images_that_are_there_are_read_and_must_be_as_many_as_the_prompts(tmp_p
         measure(stored, PROMPTS[:-1], reference, instruments, workers=0)
 
 
+def test_a_protocol_with_patches_and_clip_has_both_columns(tmp_path: Path, reference: Path, clip_folder: Path) -> None:
+    protocol = PROTOCOL.replace(patch_preprocess="centre64", clip_prefix="a ", clip_scale=1.0, clip_clamp="none", neighbours=3)
+    instruments = open_instruments(protocol, reference=reference, clip=clip_folder, workers=0)
+    row = measure(noisy("dim", 0.7), PROMPTS, tmp_path / "dim", instruments, workers=0, repeats=0).result.row()
+    pictures, real = (ImageFolder(f)(torch.arange(N)) for f in (tmp_path / "dim", reference))
+    extractor = load_extractor("random-conv")
+    own, other = (extractor.features(images[:, :, 8:72, 8:72]) for images in (pictures, real))
+    assert row["fd_patch"] == pytest.approx(frechet(Stats.of(own, extractor="x"), Stats.of(other, extractor="x")).value, rel=1e-3)
+    assert row["fd_patch"] != pytest.approx(row["fd"], rel=1e-3)
+    want = ClipScore(clip_folder, prefix="a ", scale=1.0, clamp="none", prepare="crop")(pictures, PROMPTS)
+    assert (row["clip"], row["clip_se"]) == (pytest.approx(want.value, abs=1e-6), pytest.approx(want.se, abs=1e-6))
+    assert row["precision"] == prdc(instruments.extractor.features(pictures), instruments.reference.features, k=3).precision
+
+
 def test_the_extractor_is_the_protocols_with_its_preprocess(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="would change nothing"):
         open_extractor(PROTOCOL, weights=tmp_path / "w.pt")
     with pytest.raises(UserError, match="'inception-2016'"):
         open_extractor(PROTOCOL.replace(extractor="inception-2016"))
+    with pytest.raises(UserError, match="by clean, and the extractor pixel-pca does it by torch-bicubic alone"):
+        open_extractor(PROTOCOL.replace(extractor="pixel-pca", preprocess="clean"))

@@ -23,6 +23,7 @@ COLUMNS = {
     "fd_mean": "FD mean term",
     "fd_cov": "FD cov. term",
     "fd_inf": "FD inf",
+    "fd_patch": "patch FD",
     "kid": "KID",
     "cmmd": "CMMD",
     "mind": "MIND",
@@ -39,7 +40,7 @@ COLUMNS = {
 }
 SETTINGS = ("model", "steps", "nfe", "guidance_scale")
 LESS = frozenset(
-    {"nfe", "fd", "fd_mean", "fd_cov", "fd_inf", "sfd", "kid", "cmmd", "mind", "n_duplicates"}
+    {"nfe", "fd", "fd_mean", "fd_cov", "fd_inf", "fd_patch", "sfd", "kid", "cmmd", "mind", "n_duplicates"}
     | {"latency_ms_p50", "latency_ms_p95", "peak_memory_mib", "energy_j", "parameters_m", "pipeline_parameters_m", "size_mb"}
 )
 MORE = frozenset(

@@ -55,6 +55,8 @@ def run(argv: Sequence[str]) -> int:
     for cls in (entry.load() for entry in entries):
         named = certificates(cls)
         laws = [law for law in named if not chosen.law or law in chosen.law]
+        if not laws and not chosen.methods:
+            continue  # all methods were asked for, and this one has nothing of the kind
         if not laws:
             raise UserError(f"{cls.name()} is certified on {', '.join(named) or 'no law'}, not on {', '.join(chosen.law)}.")
         jobs += [(cls, law, seed) for law in laws for seed in chosen.seed]

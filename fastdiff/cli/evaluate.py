@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastdiff.cli.loading import open_pipeline
-from fastdiff.cli.options import parse
+from fastdiff.cli.options import check_outputs, nearest, parse
 from fastdiff.cli.protocols import Scoring, notes, protocol_rows
 from fastdiff.cli.verbs import VERBS
 from fastdiff.errors import UserError
@@ -172,6 +172,8 @@ def summary(rows: "Sequence[Mapping[str, Any]]", protocol: "Protocol | None", fa
 def check(options: Options) -> tuple[dict[str, str], str | None]:
     """The students by the name of their row, and the teacher; a ``UserError`` before anything is loaded."""
     names = list(dict.fromkeys(options.pipelines))
+    if names and "?" in (hint := nearest(names[0], VERBS)) and not Path(names[0]).exists():
+        raise UserError(f"no folder {names[0]}, and no verb of that name{hint}")
     if not names:
         raise UserError("no pipeline to evaluate; give one or more folders, hub ids, or `fashion`.")
     students = [name for name in names if (Path(name) / "fastdiff.json").is_file()]
@@ -208,6 +210,8 @@ def _measured(chosen: Options, measuring: Measuring, scoring: Scoring) -> "tuple
     students, teacher = check(chosen)
     opened = None if teacher is None else open_pipeline(teacher, chosen.device)
     pipelines = {name: open_pipeline(folder, chosen.device) for name, folder in students.items()}
+    if prompts and all(map(of_the_world, [*pipelines.values(), *([opened] if opened is not None else [])])):
+        raise UserError("--prompts changes nothing in the bundled world, whose captions are drawn by --seed: leave it out.")
     return measure(pipelines, opened, measuring, prompts=prompts, seed=chosen.seed)
 
 
@@ -227,6 +231,7 @@ def run(argv: Sequence[str]) -> int:
         command="eval",
         description=f"Measure pipelines side by side. Verbs, explained by `fastdiff eval VERB --help`:{verbs}",
     )
+    check_outputs(json=chosen.json, report=chosen.report, grid=chosen.grid)
     results, protocol, facts = _measured(chosen, measuring, scoring)
     from fastdiff.eval.report import environment, grid_png, html_report, rows_json, rows_jsonl
 

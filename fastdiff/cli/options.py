@@ -78,3 +78,15 @@ def columns(rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     sides = ["<" if i < left else ">" for i in range(len(widths))]
     return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)).rstrip() for row in table]
+
+
+def result_file(path: Path) -> Path:
+    """A result file, or that of a run's folder."""
+    return path / "result.json" if path.is_dir() else path
+
+
+def check_outputs(**paths: Path | None) -> None:
+    """A ``UserError`` for an output that cannot be a file, before any work is done for it."""
+    for name, path in paths.items():
+        if path is not None and path.is_dir():
+            raise UserError(f"--{name} {path} is a folder: give the name of a file in it.")

@@ -78,15 +78,23 @@ def protocol_rows(
     """
     from tqdm import tqdm
 
+    from fastdiff.data.fashion import ASSETS, random_captions
     from fastdiff.eval.measure import measure, open_instruments
     from fastdiff.eval.protocol import Protocol
 
     protocol = Protocol.load(scoring.protocol)
-    if scoring.reference is None:
+    reference = scoring.reference
+    if reference is None and (ASSETS / protocol.reference).is_file():
+        reference = ASSETS / protocol.reference
+    if reference is None:
         raise UserError(
             f"{protocol.name} measures against {protocol.reference!r}, which is not bundled: give --reference, a file or folder."
         )
     n = protocol.n if num_images is None else num_images
+    if not prompts and protocol.extractor == "fashion":
+        prompts = random_captions(n, seed)
+    if not prompts:
+        raise UserError(f"{protocol.name} draws {protocol.prompts!r}: give them with --prompts, a text file with one a line.")
     if len(prompts) < n:
         raise UserError(
             f"{protocol.name} is of {n} images and the prompts file has {len(prompts)} lines: give as many, or --num-images."
@@ -94,7 +102,7 @@ def protocol_rows(
     quiet()
     asked, scale = list(prompts[:n]), protocol.guidance_scale if protocol.guidance_scale is not None else guidance_scale
     instruments = open_instruments(
-        protocol, reference=scoring.reference, weights=scoring.weights, clip=scoring.clip, workers=scoring.workers
+        protocol, reference=reference, weights=scoring.weights, clip=scoring.clip, workers=scoring.workers
     )
     rows = subjects(sources, [protocol.steps] if protocol.steps else steps, scale, device_of(device))
     results, facts, done = [], {"seed": seed, "score": instruments.label}, protocol

@@ -25,11 +25,12 @@ from fastdiff.eval.generation import Generation
 from fastdiff.eval.images import ImageFolder, features_of_folder
 from fastdiff.eval.preprocess import Preprocess
 from fastdiff.eval.protocol import Protocol
-from fastdiff.eval.reference import read_reference
+from fastdiff.eval.reference import read_reference, source_hash
 from fastdiff.eval.sanity import enforce, feature_gates, file_gates, image_gates
 from fastdiff.eval.scores import FeatureReference, feature_scores
 from fastdiff.eval.stats import Stats
 from fastdiff.eval.subject import Subject, prompts_hash
+from fastdiff.eval.weights import sha256
 
 SHOWN = 64
 """Images that are kept for a picture and looked at by the gates on pixels."""
@@ -42,6 +43,8 @@ class Instruments:
     protocol: Protocol
     extractor: FeatureExtractor
     reference: FeatureReference
+    reference_sha256: str = ""
+    """Of the reference's file, or of the names and sizes of a folder's images; part of the protocol that is reported."""
     patch: "Instruments | None" = None
     """Of a second Frechet distance, of full-resolution patches, where the protocol has one and the reference is images."""
     clip: ClipScore | None = None
@@ -131,11 +134,19 @@ def open_instruments(
             options: dict[str, Any] = {"weights": weights, "workers": workers, "batch_size": batch_size}
             patch = open_instruments(_patches(protocol), reference=reference, **options)
         measured = FeatureReference.of(stats, features=features, groups=groups)
-        return Instruments(protocol=protocol, extractor=extractor, reference=measured, patch=patch, clip=scorer)
+        return Instruments(
+            protocol=protocol,
+            extractor=extractor,
+            reference=measured,
+            reference_sha256=source_hash(folder.files),
+            patch=patch,
+            clip=scorer,
+        )
     found = read_reference(reference, extractor=extractor.id)
     root = found.sqrt_sigma if found.sqrt_sigma is not None else covariance_factor(found.stats)
     measured = FeatureReference(stats=found.stats, root=root)
-    return Instruments(protocol=protocol, extractor=extractor, reference=measured, clip=scorer)
+    digest = sha256(Path(reference))
+    return Instruments(protocol=protocol, extractor=extractor, reference=measured, reference_sha256=digest, clip=scorer)
 
 
 def _patches(protocol: Protocol) -> Protocol:
@@ -206,7 +217,8 @@ def measure(
         prompts=list(prompts[: len(shown)]),
         **cost,
     )
-    real = instruments.protocol.replace(n=len(images), seed=seed, prompts_sha256=prompts_hash(prompts))
+    asked = {"prompts_sha256": prompts_hash(prompts), "reference_sha256": instruments.reference_sha256}
+    real = instruments.protocol.replace(n=len(images), seed=seed, **asked)
     return Measured(result=result, protocol=real)
 
 

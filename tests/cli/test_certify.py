@@ -93,3 +93,8 @@ def test_the_fixed_point_is_certified_without_training(method: str, tmp_path: Pa
     assert main(["certify", method, "--law", "fixed-point", "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())
     assert row["value"] < 1e-10 < 1e-2 < row["baseline"]
+
+
+def test_all_methods_on_a_law_are_those_that_name_it(asked: list[tuple[str, str, int]]) -> None:
+    assert main(["certify", "--law", "fixed-point"]) == 1
+    assert [method for method, *_ in asked] == ["dmd2", "swiftbrush"]

@@ -139,3 +139,52 @@ def test_a_sweep_has_a_row_a_cell_and_a_picture(tmp_path: Path) -> None:
     assert [(row["steps"], row["guidance_scale"], row["nfe"]) for row in rows] == [(1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 2, 4)]
     assert all(np.isfinite(row["fd"]) for row in rows)
     assert torch.tensor(np.asarray(Image.open(picture).convert("RGB"))).float().std() > 1
+
+
+def test_the_hash_is_of_the_reference_that_was_really_used(tmp_path: Path, photographs: Path) -> None:
+    protocol, prompts = tmp_path / "mine.toml", tmp_path / "prompts.txt"
+    protocol.write_text('n = 12\nprompts = "mine"\npreprocess = "torch-bicubic"\nextractor = "random-conv"\nreference = "mine"\n')
+    prompts.write_text("".join(f"prompt {i}\n" for i in range(12)))
+    other = tmp_path / "others"
+    other.mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 0, 99)).save(other / f"picture{i}.png")
+    files = []
+    for reference in (photographs, other):
+        files.append(tmp_path / f"{reference.name}.json")
+        words = ["eval", str(photographs), "--protocol", str(protocol), "--reference", str(reference), "--prompts", str(prompts)]
+        assert main([*words, "--workers", "0", "--json", str(files[-1])]) == 0
+    hashes = {json.loads(file.read_text())["protocol"]["hash"] for file in files}
+    assert len(hashes) == 2
+    assert main(["eval", "compare", *map(str, files)]) == 2
+
+
+def test_a_bundled_protocol_needs_no_reference_and_gives_the_distance_of_the_main_command(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    words = ["--num-images", "40", "--teacher-steps", "1", "--images", str(tmp_path / "images"), "--workers", "0"]
+    assert main(["eval", "fashion", "--protocol", "fashion", *words, "--json", str(out)]) == 0
+    plain = tmp_path / "plain.json"
+    assert main(["eval", "fashion", "--num-images", "40", "--teacher-steps", "1", "--json", str(plain)]) == 0
+    one, other = read_rows(out)[0]["fd"], read_rows(plain)[0]["fd"]
+    assert one == pytest.approx(other, rel=0.02)  # files hold 8 bits a channel
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["eval", "cmpare", "a", "b"], "did you mean 'compare'?"),
+        (["eval", "fashion", "--json", "."], "--json . is a folder"),
+        (["eval", "grid", "fashion", "--output", "."], "--output . is a folder"),
+        (["eval", "fashion", "--protocol", "clean", "--num-images", "3"], "give --reference"),
+    ],
+)
+def test_mistakes_are_said_before_any_work(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_prompts_that_would_change_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a zebra\n")
+    assert main(["eval", "fashion", "--prompts", str(prompts)]) == 2
+    assert "changes nothing" in capsys.readouterr().err

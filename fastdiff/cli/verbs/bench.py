@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from fastdiff.cli.loading import device_of, quiet
-from fastdiff.cli.options import parse
+from fastdiff.cli.options import check_outputs, parse
 from fastdiff.errors import UserError
 
 
@@ -41,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
         return general
 
     chosen = parse(options, argv, command="eval bench", description="Network calls, latency, images a second, memory, size.")
+    check_outputs(json=chosen.json)
     if not chosen.sources:
         raise UserError("nothing to measure; give one or more folders, hub ids, or `fashion`.")
     for name in ("num_images", "batch_size", "repeats"):

@@ -1,4 +1,4 @@
-"""``fastdiff eval compare BEFORE.json AFTER.json``: what differs by more than its error."""
+"""``fastdiff eval compare BEFORE.json AFTER.json``: what differs by more than its error. Costs are for the page: they have none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Annotated
 
 import tyro
 
-from fastdiff.cli.options import columns, parse
+from fastdiff.cli.options import columns, parse, result_file
 from fastdiff.errors import UserError
 
 
 @dataclass(kw_only=True)
 class Options:
     files: Annotated[tyro.conf.Positional[tuple[Path, Path]], tyro.conf.arg(metavar="BEFORE AFTER")]
-    """Two result files, as `fastdiff eval --json` and `fastdiff distill` write them."""
+    """Two result files of `fastdiff eval --json`, or folders of `fastdiff distill`."""
     gate: bool = False
     """Exit with 1 when a score got worse by more than twice the joint standard error."""
 
@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     from fastdiff.eval.report import changes, read_facts, read_rows
     from fastdiff.eval.report.columns import better, score_columns
 
-    before, after = ((read_rows(path), read_facts(path).get("protocol")) for path in chosen.files)
+    before, after = ((read_rows(path), read_facts(path).get("protocol")) for path in map(result_file, chosen.files))
     if before[1] and after[1]:
         comparable(Protocol.of_record(before[1]), Protocol.of_record(after[1]))
     elif before[1] != after[1]:
@@ -41,7 +41,8 @@ def run(argv: Sequence[str]) -> int:
     found = changes(before[0], after[0])
     if not found:
         raise UserError(f"{chosen.files[0]} and {chosen.files[1]} have no model of one name.")
-    shown = [c for c in found if c.difference is not None]
+    scores = score_columns([*before[0], *after[0]])
+    shown = [c for c in found if c.difference is not None and c.column in scores]
     head = ["model", "score", "before", "after", "difference", "2 x joint se", ""]
     lines = [
         [
@@ -56,8 +57,7 @@ def run(argv: Sequence[str]) -> int:
         for c in shown
     ]
     print("\n".join(columns([head, *lines], left=2)))
-    scores = score_columns([*before[0], *after[0]])
-    worse = [c for c in shown if c.column in scores and c.exceeds and ((c.difference or 0) < 0) == (better(c.column) == "high")]
+    worse = [c for c in shown if c.exceeds and ((c.difference or 0) < 0) == (better(c.column) == "high")]
     if worse:
         print(f"\nworse: {', '.join(f'{c.column} of {c.model}' for c in worse)}")
     return 1 if chosen.gate and worse else 0

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from fastdiff.cli.loading import device_of, quiet
-from fastdiff.cli.options import parse
+from fastdiff.cli.options import check_outputs, parse
 from fastdiff.errors import UserError
 
 
@@ -41,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
         return general
 
     chosen = parse(options, argv, command="eval grid", description="Models under each other, the same noise a column.")
+    check_outputs(output=chosen.output)
     if not chosen.sources or chosen.columns < 1:
         raise UserError("give one or more pipelines or folders of images, and at least one column.")
     from fastdiff.cli.protocols import subjects

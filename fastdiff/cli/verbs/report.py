@@ -8,14 +8,14 @@ from typing import Annotated
 
 import tyro
 
-from fastdiff.cli.options import parse
+from fastdiff.cli.options import check_outputs, parse, result_file
 from fastdiff.errors import UserError
 
 
 @dataclass(kw_only=True)
 class Options:
     files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RESULT [RESULT ...]")]
-    """Result files of one protocol; their rows stand in one table."""
+    """Result files of one protocol, or folders of `fastdiff distill`; their rows stand in one table."""
     output: Annotated[Path, tyro.conf.arg(metavar="HTML")]
     """Page to write; it loads nothing from elsewhere."""
     title: str = "fastdiff evaluation"
@@ -42,8 +42,10 @@ def run(argv: Sequence[str]) -> int:
     from fastdiff.eval.protocol import Protocol, comparable
     from fastdiff.eval.report import html_report, read_curves, read_facts, read_rows
 
-    facts = [read_facts(path) for path in chosen.files]
-    rows = [row for path in chosen.files for row in read_rows(path)]
+    check_outputs(output=chosen.output)
+    files = [result_file(path) for path in chosen.files]
+    facts = [read_facts(path) for path in files]
+    rows = [row for path in files for row in read_rows(path)]
     protocols = [Protocol.of_record(found["protocol"]) for found in facts if "protocol" in found]
     if protocols and len(protocols) < len(facts):
         raise UserError("some of these files name a protocol and some do not: their scores cannot stand in one table.")
@@ -57,8 +59,8 @@ def run(argv: Sequence[str]) -> int:
         facts=facts[0].get("evaluation", {}),
         protocol=protocols[0] if protocols else None,
         curves=None if chosen.log is None else read_curves(chosen.log),
-        previous=None if chosen.previous is None else read_rows(chosen.previous),
-        sweep=None if chosen.sweep is None else read_rows(chosen.sweep),
+        previous=None if chosen.previous is None else read_rows(result_file(chosen.previous)),
+        sweep=None if chosen.sweep is None else [r for r in read_rows(chosen.sweep) if r["model"].startswith("teacher")],
         picture=chosen.picture,
         machine=facts[0].get("environment"),
     )

@@ -11,7 +11,7 @@ import tyro
 from fastdiff.cli.evaluate import Options as Chosen
 from fastdiff.cli.evaluate import check, of_the_world
 from fastdiff.cli.loading import open_pipeline
-from fastdiff.cli.options import parse
+from fastdiff.cli.options import check_outputs, parse
 from fastdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def run(argv: Sequence[str]) -> int:
         return general
 
     chosen = parse(options, argv, command="eval sweep", description="FD of a teacher over steps and guidance, and of its students.")
+    check_outputs(output=chosen.output)
     students, teacher = check(Chosen(pipelines=chosen.pipelines))
     if teacher is None:
         raise UserError("a sweep is of a teacher; give its folder, hub id, or `fashion`, and then its students.")

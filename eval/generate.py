@@ -12,6 +12,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from fastdiff.data.fashion import random_captions
+from fastdiff.data.prompts import read_prompts
 from fastdiff.eval.generate import generate
 from fastdiff.eval.generation import Generation
 from fastdiff.eval.sources import open_source
@@ -21,7 +22,7 @@ def main(
     source: tyro.conf.Positional[str],
     output: Path,
     prompts: Path | None = None,
-    n: int = 200,
+    n: int | None = None,
     lora: Path | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -31,7 +32,7 @@ def main(
     state = PartialState(cpu=not torch.accelerator.is_available())  # else several processes on a CPU do not see each other
     with state.local_main_process_first():  # one download a machine
         subject = open_source(source, lora=lora, steps=steps, guidance_scale=guidance_scale, device=state.device)
-    lines = random_captions(n, seed) if prompts is None else prompts.read_text(encoding="utf-8").splitlines()
+    lines = random_captions(n or 200, seed) if prompts is None else read_prompts(prompts, None)[:n]  # type: ignore[arg-type]
     share = -(-len(lines) // state.num_processes)
     with tqdm(total=share, unit="image", disable=not state.is_main_process) as bar:
         ranks = {"rank": state.process_index, "world_size": state.num_processes}

@@ -1,7 +1,7 @@
 """``fastdiff eval --protocol``: any pipelines and folders of images under a protocol, with a reference of the user's."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,7 +80,7 @@ def protocol_rows(
 
     from fastdiff.data.fashion import ASSETS, random_captions
     from fastdiff.eval.measure import measure, open_instruments
-    from fastdiff.eval.protocol import Protocol
+    from fastdiff.eval.protocol import Protocol, comparable
 
     protocol = Protocol.load(scoring.protocol)
     reference = scoring.reference
@@ -95,6 +95,8 @@ def protocol_rows(
         prompts = random_captions(n, seed)
     if not prompts:
         raise UserError(f"{protocol.name} draws {protocol.prompts!r}: give them with --prompts, a text file with one a line.")
+    if n < 2:
+        raise UserError(f"--num-images is {n}; it must be at least 2.")
     if len(prompts) < n:
         raise UserError(
             f"{protocol.name} is of {n} images and the prompts file has {len(prompts)} lines: give as many, or --num-images."
@@ -105,7 +107,12 @@ def protocol_rows(
         protocol, reference=reference, weights=scoring.weights, clip=scoring.clip, workers=scoring.workers
     )
     rows = subjects(sources, [protocol.steps] if protocol.steps else steps, scale, device_of(device))
-    results, facts, done = [], {"seed": seed, "score": instruments.label}, protocol
+    for _, subject in rows:  # before the first image is drawn
+        subject.check_prompts(asked)
+    results: list[Result] = []
+    facts, done = {"seed": seed, "score": instruments.label}, protocol
+    if instruments.clip is not None:
+        facts |= {f"CLIP score: {key}": value for key, value in instruments.clip.conventions.items()}
     with tqdm(total=len(rows) * n, unit="img", dynamic_ncols=True) as bar:
         for name, subject in rows:
             bar.set_description_str(subject.name)
@@ -123,6 +130,9 @@ def protocol_rows(
                 )
             except ValueError as error:  # a gate of the evaluation: what it says is about the images
                 raise UserError(str(error)) from error
-            results.append(found.result)
+            taken = {result.model for result in results}
+            results.append(replace(found.result, model=name) if found.result.model in taken else found.result)
+            if results[1:] and found.protocol.hash != done.hash:
+                comparable(done, found.protocol)
             done = found.protocol
     return results, done, {**facts, **notes(results)}

@@ -85,6 +85,10 @@ def make_pairs(
 
     ``progress`` is told how many were made since it was last called.
     """
+    if num_inference_steps > int(teacher.process.t_max) + 1:
+        raise UserError(
+            f"pairs of {num_inference_steps} steps, and {teacher.name} has {int(teacher.process.t_max) + 1} times: ask for fewer."
+        )
     generator = torch.Generator().manual_seed(seed)
     index = cycled(len(prompts), n, generator)
     noise = torch.randn(n, *teacher.latent_shape, generator=generator)

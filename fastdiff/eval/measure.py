@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdiff.errors import UserError
 from fastdiff.eval.clip import ClipScore, reduce
@@ -21,7 +22,7 @@ from fastdiff.eval.extractor import FeatureExtractor
 from fastdiff.eval.extractors import EXTRACTORS, load_extractor
 from fastdiff.eval.frechet import covariance_factor, frechet
 from fastdiff.eval.generate import generate
-from fastdiff.eval.generation import Generation
+from fastdiff.eval.generation import HEADER, Generation
 from fastdiff.eval.images import ImageFolder, features_of_folder
 from fastdiff.eval.preprocess import Preprocess
 from fastdiff.eval.protocol import Protocol
@@ -75,6 +76,8 @@ def _clip_score(protocol: Protocol, folder: str | Path) -> ClipScore:
 def open_extractor(protocol: Protocol, *, weights: str | Path | None = None, reference: bool = False) -> FeatureExtractor:
     """The protocol's extractor with its preprocess, or that of its reference images.
 
+    A protocol's ``:truncate`` is not repeated: generated images are files of rounded levels, and what is reported says so.
+
     Args:
         weights: a file or folder of the extractor's weights, where it takes one.
 
@@ -86,6 +89,7 @@ def open_extractor(protocol: Protocol, *, weights: str | Path | None = None, ref
         raise UserError(f"{protocol.name} asks for the extractor {name!r}: expected one of {', '.join(EXTRACTORS)}.")
     takes = inspect.signature(EXTRACTORS[name]).parameters
     chosen = protocol.reference_preprocess if reference and protocol.reference_preprocess else protocol.preprocess
+    chosen = chosen.removesuffix(":truncate")  # images are read from files, which hold rounded levels already
     options = {key: value for key, value in {"preprocess": chosen, "layer": protocol.layer}.items() if key in takes}
     if weights is not None:
         key = next((key for key in ("weights", "folder", "model") if key in takes), "")
@@ -126,6 +130,8 @@ def open_instruments(
     if Path(reference).is_dir():
         folder = ImageFolder(reference)
         own = open_extractor(protocol, weights=weights, reference=True)
+        if len(folder) < 2:
+            raise UserError(f"{reference} holds {len(folder)} image: a reference needs two or more.")
         features = features_of_folder(folder, own, workers=workers, batch_size=batch_size)
         groups = [] if folder.labels is None else [folder.classes[i] for i in folder.labels.tolist()]
         stats = Stats.of(features, extractor=extractor.id)
@@ -186,9 +192,11 @@ def measure(
     images = ImageFolder(folder)
     if len(images) != len(prompts):
         raise UserError(f"{folder} holds {len(images)} images, and the evaluation is of {len(prompts)}: give as many prompts.")
-    features = features_of_folder(images, instruments.extractor, workers=workers, batch_size=batch_size)
     shown = images(torch.arange(min(SHOWN, len(images))))
-    findings = [*image_gates(shown), *file_gates(images.files), *feature_gates(features)]
+    findings = [*image_gates(shown), *file_gates(images.files)]
+    enforce(findings)
+    features = features_of_folder(images, instruments.extractor, workers=workers, batch_size=batch_size)
+    findings += feature_gates(features)
     k = instruments.protocol.neighbours or 5
     scores = feature_scores(features, instruments.reference, extractor=instruments.extractor.id, groups=groups, k=k)
     if instruments.patch is not None:
@@ -217,9 +225,33 @@ def measure(
         prompts=list(prompts[: len(shown)]),
         **cost,
     )
-    asked = {"prompts_sha256": prompts_hash(prompts), "reference_sha256": instruments.reference_sha256}
-    real = instruments.protocol.replace(n=len(images), seed=seed, **asked)
+    real = instruments.protocol.replace(
+        n=len(images), prompts_sha256=prompts_hash(prompts), **_done(instruments, subject, folder, seed, shown)
+    )
     return Measured(result=result, protocol=real)
+
+
+def _done(instruments: Instruments, subject: Subject, folder: str | Path, seed: int, shown: Tensor) -> dict[str, Any]:
+    """The choices of the protocol as they were really made; those of images of unknown origin are open."""
+    made: dict[str, Any] = {"seed": seed, "noise": "image", "noise_batch": None}
+    if subject.stored is not None:
+        known = (Path(folder) / HEADER).is_file()
+        made["seed"] = Generation.open(folder).settings["seed"] if known else None
+    side = shown.shape[-1] if shown.shape[-1] == shown.shape[-2] else None
+    scorer = instruments.clip
+    clip = ("", "", None, "") if scorer is None else (scorer.name, scorer.prefix, scorer.scale, scorer.clamp)
+    return {
+        **made,
+        **dict(zip(("clip_model", "clip_prefix", "clip_scale", "clip_clamp"), clip, strict=True)),
+        "resolution": side,
+        "output_range": "files of 8 bits, rounded",
+        "scheduler": "",
+        "preprocess": instruments.extractor.preprocess.id,
+        "patch_preprocess": "" if instruments.patch is None else instruments.protocol.patch_preprocess,
+        "ddof": 1,
+        "inception_splits": "",
+        "reference_sha256": instruments.reference_sha256,
+    }
 
 
 def _clip(scorer: ClipScore, images: ImageFolder, prompts: Sequence[str], batch_size: int) -> dict[str, float]:

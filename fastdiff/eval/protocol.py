@@ -94,6 +94,8 @@ class Protocol:
                 Preprocess.parse(text)
         if self.n < 2:
             raise UserError(f"n is {self.n}: a covariance needs 2 images or more.")
+        if self.clip_clamp not in ("", "per_sample", "mean", "none"):
+            raise UserError(f"clip_clamp is {self.clip_clamp!r}: expected 'per_sample', 'mean' or 'none'.")
         if self.noise not in ("image", "batch", "stream"):
             raise UserError(f"noise is {self.noise!r}: expected 'image', 'batch' or 'stream'.")
         if self.noise == "image" and self.noise_batch is not None:

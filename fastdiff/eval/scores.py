@@ -11,6 +11,7 @@
 A reference without its own features (statistics from a file) gives the first two rows alone.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,8 @@ def feature_scores(
         groups: the class of each row, where the reference names its own.
         k: of precision, recall, density and coverage.
 
-    Where n is too small a key is left out: FD-infinity below 8 (d + 1) images, precision and its kin below k + 1, a class below 2.
+    Where n is too small a key is left out: FD-infinity below 8 (d + 1) images, precision and its kin below k + 1, a class below 2,
+    an error that is not defined.
     """
     n, d = features.shape
     fd = frechet(Stats.of(features, extractor=extractor), reference.stats, features=features, root=reference.root)
@@ -85,6 +87,7 @@ def feature_scores(
         found = prdc(features, other, k=k)
         values |= {name: getattr(found, name) for name in ("precision", "recall", "density", "coverage")}
     values["mind"] = mind(features, other)
+    values = {name: value for name, value in values.items() if math.isfinite(value)}  # a spread of too few has none
     return Scores(values=values, groups=_groups(features, groups, other, reference.groups), features=features)
 
 

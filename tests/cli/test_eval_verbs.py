@@ -11,7 +11,7 @@ from PIL import Image
 from fastdiff.cli.main import main
 from fastdiff.cli.verbs import VERBS
 from fastdiff.eval.protocol import Protocol
-from fastdiff.eval.report import read_rows, rows_json
+from fastdiff.eval.report import read_rows, rows_json, rows_jsonl
 
 
 def result(path: Path, fd: float, *, n: int = 2000, model: str = "student", record: bool = True) -> Path:
@@ -188,3 +188,37 @@ def test_prompts_that_would_change_nothing_are_refused(tmp_path: Path, capsys: p
     prompts.write_text("a zebra\n")
     assert main(["eval", "fashion", "--prompts", str(prompts)]) == 2
     assert "changes nothing" in capsys.readouterr().err
+
+
+def test_the_gate_does_not_open_for_a_score_that_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"model": "student", "fd": 0.6, "fd_se": 0.05, "clip": 94.0, "clip_se": 0.1}
+    rows_json(tmp_path / "a.json", [row, {**row, "model": "other"}])
+    rows_json(tmp_path / "b.json", [{k: v for k, v in row.items() if not k.startswith("clip")}])
+    words = ["eval", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert main(words) == 0
+    assert main([*words, "--gate"]) == 1
+    assert "no longer there: other, clip of student" in capsys.readouterr().out
+
+
+def test_lines_of_different_protocols_are_not_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("x#1", "y#2"):
+        rows_jsonl(tmp_path / f"{name[0]}.jsonl", [{"model": name, "fd": 0.5}], protocol=name)
+    files = [str(tmp_path / "x.jsonl"), str(tmp_path / "y.jsonl")]
+    assert main(["eval", "report", *files, "--output", str(tmp_path / "page.html")]) == 2
+    assert "x#1 and y#2" in capsys.readouterr().err
+
+
+def test_a_sweep_with_a_student_is_reported(tmp_path: Path) -> None:
+    cell = {"model": "teacher, guidance 1 (1 step)", "steps": 1, "guidance_scale": 1.0, "fd": 5.0}
+    rows_json(tmp_path / "sweep.json", [cell, {"model": "student a", "steps": 1, "guidance_scale": 1.0, "fd": 0.6}])
+    one = result(tmp_path / "a.json", 0.6)
+    page = tmp_path / "page.html"
+    assert main(["eval", "report", str(one), "--output", str(page), "--sweep", str(tmp_path / "sweep.json")]) == 0
+    assert "guidance" in page.read_text()
+
+
+def test_a_grid_of_too_few_stored_images_is_a_message(
+    tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "grid", str(photographs), "--columns", "13", "--output", str(tmp_path / "g.png")]) == 2
+    assert "has 12 images" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from tiny import tiny_pipeline, tiny_teacher
 
 from fastdiff.data.pairs import Pairs, make_pairs
 from fastdiff.data.prompts import PromptTable
+from fastdiff.errors import UserError
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers import ODEPairs
 from fastdiff.trainers._regression import load_or_make_pairs
@@ -210,3 +211,8 @@ def test_ranks_share_the_pairs_and_draw_their_own(tmp_path: Path) -> None:
     assert not torch.equal(parts[0].noise, parts[1].noise)
     assert same(parts[0], prepared(tmp_path, tiny_teacher(), told, rank=0, world_size=2))
     assert len(told) == 2
+
+
+def test_more_steps_than_times_are_refused() -> None:
+    with pytest.raises(UserError, match="1001 steps"):
+        made(tiny_teacher(), num_inference_steps=1001)

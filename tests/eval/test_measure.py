@@ -1,5 +1,6 @@
 """A generator under a protocol: drawn to a folder, one pass of features, scores equal to the single functions'."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,23 @@ def test_the_extractor_is_the_protocols_with_its_preprocess(tmp_path: Path) -> N
         open_extractor(PROTOCOL.replace(extractor="inception-2016"))
     with pytest.raises(UserError, match="by clean, and the extractor pixel-pca does it by torch-bicubic alone"):
         open_extractor(PROTOCOL.replace(extractor="pixel-pca", preprocess="clean"))
+
+
+def test_what_is_reported_is_what_was_done(tmp_path: Path, reference: Path) -> None:
+    """Not what the protocol asks: other noise, truncation, resolution and ddof are written as they were, so the hash is of that."""
+    asked = PROTOCOL.replace(preprocess="torch-bicubic:truncate", noise="batch", noise_batch=10, resolution=512, ddof=0)
+    instruments = open_instruments(asked, reference=reference, workers=0)
+    done = measure(noisy("dim", 0.7), PROMPTS, tmp_path / "dim", instruments, seed=7, workers=0, repeats=0).protocol
+    assert (done.noise, done.noise_batch, done.resolution, done.ddof) == ("image", None, 80, 1)
+    assert done.preprocess == "torch-bicubic"
+    plain = open_instruments(PROTOCOL, reference=reference, workers=0)
+    again = measure(open_source(str(tmp_path / "dim")), PROMPTS, tmp_path / "dim", plain, seed=0, workers=0).protocol
+    assert again.seed == done.seed == 7  # the folder's, whatever is asked now
+    assert again.hash == done.hash
+
+
+def test_a_score_that_is_not_defined_is_left_out(tmp_path: Path, reference: Path) -> None:
+    instruments = open_instruments(PROTOCOL, reference=reference, workers=0)
+    row = measure(noisy("dim", 0.7), PROMPTS[:3], tmp_path / "three", instruments, workers=0, repeats=0).result.row()
+    assert "kid" in row
+    assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))

@@ -16,7 +16,7 @@ class Options:
     files: Annotated[tyro.conf.Positional[tuple[Path, Path]], tyro.conf.arg(metavar="BEFORE AFTER")]
     """Two result files of `fastdiff eval --json`, or folders of `fastdiff distill`."""
     gate: bool = False
-    """Exit with 1 when a score got worse by more than twice the joint standard error."""
+    """Exit with 1 when a score got worse by more than twice the joint standard error, or is no longer there."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -60,4 +60,8 @@ def run(argv: Sequence[str]) -> int:
     worse = [c for c in shown if c.exceeds and ((c.difference or 0) < 0) == (better(c.column) == "high")]
     if worse:
         print(f"\nworse: {', '.join(f'{c.column} of {c.model}' for c in worse)}")
-    return 1 if chosen.gate and worse else 0
+    gone = [c for c in found if c.column in scores and c.before is not None and c.after is None]
+    lost = {r["model"] for r in before[0]} - {r["model"] for r in after[0]}
+    if gone or lost:
+        print(f"\nno longer there: {', '.join([*sorted(lost), *(f'{c.column} of {c.model}' for c in gone)])}")
+    return 1 if chosen.gate and (worse or gone or lost) else 0

@@ -1,4 +1,7 @@
-"""``fastdiff eval grid SOURCE ... --output GRID.png``: models under each other, the same prompt and noise a column."""
+"""``fastdiff eval grid SOURCE ... --output GRID.png``: models under each other, the same prompt and noise a column.
+
+Folders of images show their first ones: that they are of the same prompts and seed is for the user to know.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,8 +57,14 @@ def run(argv: Sequence[str]) -> int:
     asked = random_captions(chosen.columns, chosen.seed) if chosen.prompts is None else read_prompts(chosen.prompts, None)  # type: ignore[arg-type]
     asked = asked[: chosen.columns]
     rows = {}
-    for _, subject in subjects(chosen.sources, chosen.steps, chosen.guidance_scale, device_of(chosen.device)):
-        rows[subject.name] = checked(subject.draw(asked, seed=chosen.seed, indices=range(len(asked))), len(asked), subject.name)
+    for folder, subject in subjects(chosen.sources, chosen.steps, chosen.guidance_scale, device_of(chosen.device)):
+        if subject.count is not None and subject.count < len(asked):
+            raise UserError(f"{folder} has {subject.count} images: ask for as many --columns.")
+        name = folder if subject.name in rows else subject.name
+        try:
+            rows[name] = checked(subject.draw(asked, seed=chosen.seed, indices=range(len(asked))), len(asked), name)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     grid_png(chosen.output, rows, asked, columns=len(asked), size=chosen.size)
     print(f"picture  {chosen.output}")
     return 0

@@ -51,6 +51,9 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("some of these files name a protocol and some do not: their scores cannot stand in one table.")
     for other in protocols[1:]:
         comparable(protocols[0], other)
+    if len(tags := {row["protocol"] for row in rows if row.get("protocol")}) > 1:
+        raise UserError(f"these rows are of {' and '.join(sorted(tags))}: different protocols cannot stand in one table.")
+    score = facts[0].get("evaluation", {}).get("score")
     html_report(
         chosen.output,
         rows,
@@ -58,6 +61,7 @@ def run(argv: Sequence[str]) -> int:
         command=shlex.join(["fastdiff", "eval", "report", *argv]),
         facts=facts[0].get("evaluation", {}),
         protocol=protocols[0] if protocols else None,
+        names=None if score is None else {"fd": score},
         curves=None if chosen.log is None else read_curves(chosen.log),
         previous=None if chosen.previous is None else read_rows(result_file(chosen.previous)),
         sweep=None if chosen.sweep is None else [r for r in read_rows(chosen.sweep) if r["model"].startswith("teacher")],

@@ -78,31 +78,14 @@ def protocol_rows(
     """
     from tqdm import tqdm
 
-    from fastdiff.data.fashion import ASSETS, random_captions
     from fastdiff.eval.measure import measure, open_instruments
     from fastdiff.eval.protocol import Protocol, comparable
 
     protocol = Protocol.load(scoring.protocol)
-    reference = scoring.reference
-    if reference is None and (ASSETS / protocol.reference).is_file():
-        reference = ASSETS / protocol.reference
-    if reference is None:
-        raise UserError(
-            f"{protocol.name} measures against {protocol.reference!r}, which is not bundled: give --reference, a file or folder."
-        )
-    n = protocol.n if num_images is None else num_images
-    if not prompts and protocol.extractor == "fashion":
-        prompts = random_captions(n, seed)
-    if not prompts:
-        raise UserError(f"{protocol.name} draws {protocol.prompts!r}: give them with --prompts, a text file with one a line.")
-    if n < 2:
-        raise UserError(f"--num-images is {n}; it must be at least 2.")
-    if len(prompts) < n:
-        raise UserError(
-            f"{protocol.name} is of {n} images and the prompts file has {len(prompts)} lines: give as many, or --num-images."
-        )
+    reference, asked = _reference(protocol, scoring), _asked(protocol, prompts, num_images, seed)
+    n = len(asked)
     quiet()
-    asked, scale = list(prompts[:n]), protocol.guidance_scale if protocol.guidance_scale is not None else guidance_scale
+    scale = protocol.guidance_scale if protocol.guidance_scale is not None else guidance_scale
     instruments = open_instruments(
         protocol, reference=reference, weights=scoring.weights, clip=scoring.clip, workers=scoring.workers
     )
@@ -136,3 +119,33 @@ def protocol_rows(
                 comparable(done, found.protocol)
             done = found.protocol
     return results, done, {**facts, **notes(results)}
+
+
+def _reference(protocol: "Protocol", scoring: Scoring) -> Path:
+    from fastdiff.data.fashion import ASSETS
+
+    reference = scoring.reference
+    if reference is None and (ASSETS / protocol.reference).is_file():
+        reference = ASSETS / protocol.reference
+    if reference is None:
+        raise UserError(
+            f"{protocol.name} measures against {protocol.reference!r}, which is not bundled: give --reference, a file or folder."
+        )
+    return reference
+
+
+def _asked(protocol: "Protocol", prompts: Sequence[str], num_images: int | None, seed: int) -> list[str]:
+    from fastdiff.data.fashion import random_captions
+
+    n = protocol.n if num_images is None else num_images
+    if not prompts and protocol.extractor == "fashion":
+        prompts = random_captions(n, seed)
+    if not prompts:
+        raise UserError(f"{protocol.name} draws {protocol.prompts!r}: give them with --prompts, a text file with one a line.")
+    if n < 2:
+        raise UserError(f"--num-images is {n}; it must be at least 2.")
+    if len(prompts) < n:
+        raise UserError(
+            f"{protocol.name} is of {n} images and the prompts file has {len(prompts)} lines: give as many, or --num-images."
+        )
+    return list(prompts[:n])

@@ -28,7 +28,7 @@ from fastdiff.eval.preprocess import Preprocess
 from fastdiff.eval.protocol import Protocol
 from fastdiff.eval.reference import read_reference, source_hash
 from fastdiff.eval.sanity import enforce, feature_gates, file_gates, image_gates
-from fastdiff.eval.scores import FeatureReference, feature_scores
+from fastdiff.eval.scores import FeatureReference, Scores, feature_scores
 from fastdiff.eval.stats import Stats
 from fastdiff.eval.subject import Subject, prompts_hash
 from fastdiff.eval.weights import sha256
@@ -197,17 +197,7 @@ def measure(
     enforce(findings)
     features = features_of_folder(images, instruments.extractor, workers=workers, batch_size=batch_size)
     findings += feature_gates(features)
-    k = instruments.protocol.neighbours or 5
-    scores = feature_scores(features, instruments.reference, extractor=instruments.extractor.id, groups=groups, k=k)
-    if instruments.patch is not None:
-        second = instruments.patch
-        patches = features_of_folder(images, second.extractor, workers=workers, batch_size=batch_size)
-        found = frechet(
-            Stats.of(patches, extractor=second.extractor.id), second.reference.stats, features=patches, root=second.reference.root
-        )
-        scores |= {"fd_patch": found.value, "fd_patch_se": found.se}
-    if instruments.clip is not None:
-        scores |= _clip(instruments.clip, images, prompts, batch_size)
+    scores = _scores(features, images, prompts, instruments, groups, workers=workers, batch_size=batch_size)
     cost = dict(Generation.open(folder).known if subject.stored is None else subject.known)
     if subject.stored is None and repeats:
         time = latency(lambda: subject.draw(prompts[:1], seed=seed, indices=[0]), repeats=repeats, device=subject.device)
@@ -252,6 +242,30 @@ def _done(instruments: Instruments, subject: Subject, folder: str | Path, seed: 
         "inception_splits": "",
         "reference_sha256": instruments.reference_sha256,
     }
+
+
+def _scores(
+    features: Tensor,
+    images: ImageFolder,
+    prompts: Sequence[str],
+    instruments: Instruments,
+    groups: Sequence[str],
+    *,
+    workers: int,
+    batch_size: int,
+) -> Scores:
+    k = instruments.protocol.neighbours or 5
+    scores = feature_scores(features, instruments.reference, extractor=instruments.extractor.id, groups=groups, k=k)
+    if instruments.patch is not None:
+        second = instruments.patch
+        patches = features_of_folder(images, second.extractor, workers=workers, batch_size=batch_size)
+        found = frechet(
+            Stats.of(patches, extractor=second.extractor.id), second.reference.stats, features=patches, root=second.reference.root
+        )
+        scores |= {"fd_patch": found.value, "fd_patch_se": found.se}
+    if instruments.clip is not None:
+        scores |= _clip(instruments.clip, images, prompts, batch_size)
+    return scores
 
 
 def _clip(scorer: ClipScore, images: ImageFolder, prompts: Sequence[str], batch_size: int) -> dict[str, float]:

@@ -19,7 +19,6 @@ from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.gaussian import Gaussian
 from fastdiff.diffusion.reference import reference_flow_map
 from fastdiff.eval.distributions import covariance_error, gaussian_w2, mode_masses, sliced_w2
-from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof.exactness import Setting, sample_gradients
 from fastdiff.proof.laws import LAWS, draw_labels, teacher
 from fastdiff.trainers.config import Config
@@ -126,13 +125,12 @@ def _certify(method: Method, law: str, trial: Trial, seed: int) -> list[Row]:
         )
         network = Trainer(method, oracle, config=config).train().cpu()
         oracle.family.to("cpu")  # wherever it was trained, laws and draws are there
-    student = Denoiser(oracle.family.network(network), oracle.process, oracle.prediction_type)
     generator = generator_for(seed, "certificate", law)
     n = LAWS[law].samples
     labels = draw_labels(exact, n, generator)
     noise = torch.randn(n, *exact.shape, generator=generator)
     with torch.no_grad():
-        drawn = Drawn(method.sample(student, noise, labels), labels, noise)
+        drawn = Drawn(method.draw(network, oracle, noise, labels), labels, noise)
         plain = Drawn(method.sample(oracle.denoiser, noise, labels), labels, noise)
     fresh = Drawn(exact.sample(n, generator, labels), labels, noise)
     reference = exact.sample(n, generator, labels)

@@ -190,7 +190,7 @@ def plan(
     kinds = Counter(run[: config.max_steps])
     samples = config.batch_size * config.accumulation * gpus
     calls = total((method.calls(kind), count) for kind, count in kinds.items())
-    export = _export(teacher) if not _refusal(lambda: check_exportable(teacher)) else {}
+    export = _export(method, teacher)
     return Plan(
         method=method.name(),
         teacher=teacher.name,
@@ -348,7 +348,11 @@ def _stretch(method: Method, run: Sequence[tuple[str, ...]]) -> Stretch:
     return Stretch(iterations=len(run), updates=[list(kind) for kind in kinds], calls=calls)
 
 
-def _export(teacher: Teacher) -> dict[str, Any]:
+def _export(method: Method, teacher: Teacher) -> dict[str, Any]:
+    if method.delivers == "scenes":
+        return {"class": None, "file": "scenes.safetensors"}
+    if _refusal(lambda: check_exportable(teacher)):
+        return {}
     if teacher.pipeline is None:
         return {"class": None, "file": "student.safetensors"}
     scheduler = exported_scheduler(teacher)

@@ -25,24 +25,22 @@ from torch import Tensor, nn
 from fastdiff.data.images import save_grid
 from fastdiff.data.prompts import PromptTable, cycled, read_prompts
 from fastdiff.errors import UserError
-from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.pipelines.export import export_student
 from fastdiff.trainers import checkpoint
 from fastdiff.trainers._checks import check_folder, checks
 from fastdiff.trainers.config import FREE_ON_RESUME, Config
 from fastdiff.trainers.draws import Draws, generator_for
 from fastdiff.trainers.health import Health
 from fastdiff.trainers.log import Log
-from fastdiff.trainers.method import Batch, Method, Preparation
+from fastdiff.trainers.method import Batch, Finished, Method, Preparation
 
 _SHOWN = 16
 
 
 def optimizer_of(role: Role, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser that trains a role."""
-    return torch.optim.AdamW(parameters, lr=role.lr, betas=role.betas, weight_decay=role.weight_decay)
+    return torch.optim.AdamW(parameters, lr=role.lr, betas=role.betas, eps=role.eps, weight_decay=role.weight_decay)
 
 
 class Trainer:
@@ -300,13 +298,12 @@ class Trainer:
         return [self.prompts.prompts[i] for i in index.tolist()], noise.to(self.accelerator.device)
 
     @torch.no_grad()
-    def _images(self, student: Denoiser, n: int) -> tuple[list[str], Tensor, Tensor]:
-        prompts, noise = self._fixed(n)
-        return prompts, noise, self.teacher.decode(self.method.sample(student, noise, self.teacher.encode(prompts)))
+    def _preview(self) -> Tensor:
+        return self.method.preview(self._roles, *self._fixed(_SHOWN))
 
     def _validate(self) -> None:
         if self.accelerator.is_main_process:
-            images = self._with_ema(lambda: self._images(self._roles.denoiser("student"), _SHOWN)[2])
+            images = self._with_ema(self._preview)
             self._show(images, f"step-{self._step:08d}.png")
 
     def _show(self, images: Tensor, name: str) -> None:
@@ -317,9 +314,6 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return None
         network = self._with_ema(lambda: self._roles.merged("student"))
-        student = Denoiser(self.teacher.family.network(network), self.teacher.process, self.teacher.prediction_type)
-        prompts, noise, expected = self._images(student, _SHOWN)
-        self._show(expected, "final.png")
         note = {
             "method": self.method.name(),
             "teacher": self.teacher.name,
@@ -330,11 +324,10 @@ class Trainer:
         }
         self._roles.close()
         self._log.close_bar()
-        pipeline, difference = export_student(
-            self.teacher, network, self.folder, note, prompts, noise, expected, self.method.sample
-        )
-        reader = "plain diffusers" if self.teacher.pipeline is not None else "a reloaded network"
-        self._log.say(f"exported to {self.folder}; {reader} differs from the trainer by {difference:.1e} at most")
+        delivered = self.method.deliver(Finished(self.teacher, network, self.folder, note, *self._fixed(_SHOWN)))
+        self._show(delivered.images, "final.png")
+        difference = delivered.difference
+        self._log.say(f"exported to {self.folder}; {delivered.reader} differs from the trainer by {difference:.1e} at most")
         self.result = {
             "method": self.method.name(),
             "teacher": self.teacher.name,
@@ -345,4 +338,4 @@ class Trainer:
             "bad_updates": self._health.total,
             "network_samples": dict(self._roles.ledger),
         }
-        return pipeline
+        return delivered.product

@@ -18,10 +18,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.data.prompts import PromptTable
 from fastdiff.diffusion.process import NoiseProcess
@@ -30,6 +30,7 @@ from fastdiff.models.condition import repeat
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
+from fastdiff.pipelines.export import export_student
 from fastdiff.trainers.draws import Draws
 
 
@@ -125,6 +126,34 @@ class Prepared:
     """Network calls of each role, in samples."""
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What ``Method.deliver`` gets: the trained network of the student and where its product goes."""
+
+    teacher: Teacher
+    network: nn.Module
+    folder: Path
+    note: Mapping[str, Any]
+    """For ``fastdiff.json``."""
+    prompts: list[str]
+    noise: Tensor
+    """Prompts and noise for the samples by which what was written is compared with what was trained."""
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """What the end of a training wrote and verified."""
+
+    product: Any
+    """What ``Trainer.train`` returns."""
+    images: Tensor
+    """The trained student's, shown as ``validation/final.png``."""
+    reader: str
+    """Who read back what was written."""
+    difference: float
+    """Largest difference between those images and the reader's."""
+
+
 @dataclass(kw_only=True)
 class Method(ABC):
     """A distillation algorithm; see the module docstring."""
@@ -135,6 +164,8 @@ class Method(ABC):
     bf16_tolerance: ClassVar[tuple[float, float]] = (0.05, 0.2)
     """How far, relatively, the terms and the gradients of one update in bf16 autocast may be from float32: where two near scores
     are subtracted, rounding shows."""
+    delivers: ClassVar[Literal["pipeline", "scenes"]] = "pipeline"
+    """What a training ends with: a network that samples, or the particles of ``fastdiff.models.scenes``."""
     fixed_point: ClassVar[str] = ""
     """The update whose gradient is zero where the student has the teacher's law and all scores are exact and unguided."""
 
@@ -196,6 +227,23 @@ class Method(ABC):
     def sample(self, student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
         """One call at the largest time: ``x0 = (z - sigma_T eps(z, T)) / alpha_T`` for an eps-network."""
         return one_step(student, noise, cond)
+
+    def preview(self, roles: Roles, prompts: list[str], noise: Tensor) -> Tensor:
+        """Images of the student in the middle of a training."""
+        return roles.teacher.decode(self.sample(roles.denoiser("student"), noise, roles.teacher.encode(prompts)))
+
+    def draw(self, network: nn.Module, teacher: Teacher, noise: Tensor, cond: Any) -> Tensor:
+        """Samples of a trained student, one a noise."""
+        return self.sample(Denoiser(teacher.family.network(network), teacher.process, teacher.prediction_type), noise, cond)
+
+    def deliver(self, finished: Finished) -> Delivered:
+        """Write what the training was for, read it back and compare."""
+        teacher, network, prompts, noise = finished.teacher, finished.network, finished.prompts, finished.noise
+        with torch.no_grad():
+            images = teacher.decode(self.draw(network, teacher, noise, teacher.encode(prompts)))
+        product, difference = export_student(teacher, network, finished.folder, finished.note, prompts, noise, images, self.sample)
+        reader = "plain diffusers" if teacher.pipeline is not None else "a reloaded network"
+        return Delivered(product, images, reader, difference)
 
 
 def one_step(student: Denoiser, noise: Tensor, cond: Any) -> Tensor:

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.ode_pairs import ODEPairs
+    from fastdiff.trainers.prolific_dreamer import ProlificDreamer
     from fastdiff.trainers.swiftbrush import SwiftBrush
 
-__all__ = ["DMD2", "ODEPairs", "SwiftBrush"]
-_HOMES = {"DMD2": "dmd2", "ODEPairs": "ode_pairs", "SwiftBrush": "swiftbrush"}
+__all__ = ["DMD2", "ODEPairs", "ProlificDreamer", "SwiftBrush"]
+_HOMES = {"DMD2": "dmd2", "ODEPairs": "ode_pairs", "ProlificDreamer": "prolific_dreamer", "SwiftBrush": "swiftbrush"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """``CameraEmbedding``: where a picture is seen from, as a vector that is added to a denoiser's time embedding.
 
-A family says where that is (``Family.time_embedding``). The embedding is zero at first, so that a score network with an untrained one
+A family says where that is (``Family.time_embedding``). The embedding is zero at first: a score network with an untrained one
 computes what it did without.
 """
 

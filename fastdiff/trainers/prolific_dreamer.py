@@ -6,8 +6,8 @@
     fake score:  || eps_fake(x_t', t', c, y_c) - eps' ||^2 on sg[x], t' ~ U{0..999}, fresh eps', the pose zeroed w.p. 0.1
 
 Only the prior is guided. ``score="sds"`` puts the drawn eps in the place of eps_fake, which is DreamFusion's score distillation
-sampling; it is the same code, so with eps_fake = eps the two agree to the bit. ``score="cloud"`` takes the closed form for free
-images: the score of the empirical law of the particles themselves.
+sampling; it is the same code, so with eps_fake = eps the two agree to the bit. ``score="cloud"`` is the closed form: the score of
+the empirical law of what the particles show to the same camera, at the price of rendering all of them.
 
 Frozen: the teacher. Trained: the particles, Adam without bias towards zero (eps 1e-15); the fake score, a LoRA adapter on the
 teacher's own backbone; for scenes, an embedding of the camera that is added to the fake score's time embedding.
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data.images import save_gif
-from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.process import expand
 from fastdiff.errors import UserError
 from fastdiff.losses import denoising, pseudo_target, reduce, variational_score_gradient
@@ -66,7 +65,22 @@ class ProlificDreamer(Method):
         arxiv="2305.16213",
         sheet="few_step_diffusion.md: ProlificDreamer",
     )
-    trials: ClassVar[Mapping[str, Trial]] = {}
+    trials: ClassVar[Mapping[str, Trial]] = {
+        "ring": Trial(
+            fields={
+                "particles": 64,
+                "guidance_scale": 1.0,
+                "lr": 5e-3,
+                "fake_score_lr": 2e-3,
+                "rank": 16,
+                "anneal_after": 1200,
+            },
+            bounds={"sliced_w2": 0.2, "mode_mass": 0.45, "stray": 0.1},
+            max_steps=2000,
+            batch_size=256,
+            ema_decay=0.0,
+        )
+    }
     delivers: ClassVar[Literal["pipeline", "scenes"]] = "scenes"
 
     scene: Literal["images", "voxels", "gaussians"] = "images"
@@ -110,8 +124,6 @@ class ProlificDreamer(Method):
             raise UserError(f"scene is {self.scene!r}: expected one of {', '.join(SCENES)}.")
         if self.score not in ("vsd", "sds", "cloud"):
             raise UserError(f"score is {self.score!r}: expected vsd, sds or cloud.")
-        if self.score == "cloud" and self.three_d:
-            raise UserError(f"score is 'cloud' and scene {self.scene}: only free images have a law in closed form. Take vsd.")
         if not 0 <= self.pose_dropout <= 1:
             raise UserError(f"pose_dropout is {self.pose_dropout}: it must be in [0, 1].")
         if self.entropy_weight and not self.three_d:
@@ -136,6 +148,7 @@ class ProlificDreamer(Method):
             scenes = load_scenes(self.start_from, texture_only=self.texture_only)
         else:
             options: dict[str, Any] = {"size": self.scene_size} if self.three_d else {}
+            options["seed"] = int(torch.randint(2**31, (), device="cpu"))  # the engine seeded the global generator
             scenes = SCENES[self.scene](self.particles, teacher.latent_shape, texture_only=self.texture_only, **options)
         if scenes.kind != self.scene or scenes.n != self.particles or scenes.shape != teacher.latent_shape:
             raise UserError(
@@ -184,13 +197,14 @@ class ProlificDreamer(Method):
         return ("student",)
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
-        asked = {"student": Calls(1, 1), "teacher": Calls(1 if self.guidance_scale == 1 else 2, 0)}
+        shown = 1 + (self.particles if self.score == "cloud" else 0)
+        asked = {"student": Calls(shown, 1), "teacher": Calls(1 if self.guidance_scale == 1 else 2, 0)}
         return asked | ({"fake_score": Calls(2, 1)} if self.score == "vsd" else {})
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         if update == "fake_score":
             return self._fake_score_loss(batch, roles)
-        terms = {self.score: self._particle_loss(update, batch, roles)}
+        terms: dict[str, Tensor] = {self.score: self._particle_loss(update, batch, roles)}
         if update == "annealed" and self.entropy_weight:
             opacity = roles.modules["student"].opacity(self._particle(batch), self._camera(batch))  # type: ignore[operator]
             terms["entropy"] = self.entropy_weight * _entropy(opacity).mean()
@@ -213,7 +227,7 @@ class ProlificDreamer(Method):
         if self.score == "sds":
             return eps
         if self.score == "cloud":
-            return self._cloud(batch, roles)(x_t, t, self._group(batch)).eps
+            return self._cloud_eps(x_t, t, batch, roles)
         return self._fake_eps(x_t, t, self._cond(batch), self._camera(batch).pose, roles)
 
     def _fake_score_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
@@ -231,6 +245,21 @@ class ProlificDreamer(Method):
             seen = added_to(layer, roles.modules["camera"](pose))
         with seen:
             return roles.denoiser("fake_score")(x_t, t, cond).eps
+
+    def _cloud_eps(self, x_t: Tensor, t: Tensor, batch: Batch, roles: Roles) -> Tensor:
+        """The noise that the law of the particles themselves predicts, ``sum_j pi_j (x_t - a g(theta_j, c)) / s``.
+
+        ``pi`` is the softmax of ``-||x_t - a g(theta_j, c)||^2 / (2 s^2)`` over the particles of the sample's group.
+        """
+        n, camera = self.particles, self._camera(batch)
+        every, groups = torch.arange(n, device=x_t.device), len(batch.prompts) // self.views
+        rings = Camera(camera.azimuth.repeat_interleave(n), camera.elevation.repeat_interleave(n))
+        shown = roles.generate("student", every.repeat(len(x_t)), rings).unflatten(0, (-1, n))
+        alpha, sigma = (expand(c, shown) for c in (batch.teacher.process.alpha(t), batch.teacher.process.sigma(t)))
+        noise = (x_t[:, None] - alpha * shown) / sigma
+        fit = -0.5 * noise.flatten(2).square().sum(2)
+        member = fit.masked_fill(every % groups != self._group(batch)[:, None], -torch.inf).softmax(1)
+        return (expand(member.flatten(), noise.flatten(0, 1)).unflatten(0, (-1, n)) * noise).sum(1)
 
     # --- who is seen, from where, and what the prior is told about it
 
@@ -254,17 +283,6 @@ class ProlificDreamer(Method):
             prompt = self._group(batch) * self.views + self._camera(batch).sector(self.views)
             batch.memo["seen"] = batch.prompts.conditions(prompt)
         return batch.memo["seen"]
-
-    def _cloud(self, batch: Batch, roles: Roles) -> GaussianMixture:
-        """The empirical law of the particles, each labelled with its group."""
-        points: Any = roles.modules["student"].samples
-        groups = len(batch.prompts) // self.views
-        labels = torch.arange(self.particles, device=points.device) % groups
-        flat = points.detach().flatten(1)
-        process = batch.teacher.process
-        return GaussianMixture(
-            flat, flat.new_zeros(len(flat)), flat.new_ones(len(flat)), process, labels=labels, shape=points.shape[1:]
-        )
 
     # --- what comes out
 

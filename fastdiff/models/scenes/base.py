@@ -68,7 +68,7 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off: renderers multiply matrices, and an optical depth in bf16 is off by a hundredth. A plan has none to turn off."""
+    """Autocast off: renderers multiply matrices, and in bf16 an optical depth would be off by a hundredth. A plan has none."""
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 

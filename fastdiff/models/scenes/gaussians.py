@@ -5,9 +5,13 @@ an orthographic camera, (u, v, w) = R p, its integral along the viewing directio
 
     D_k(u, v) = tau_k sqrt(2 pi det S_k / det P_k) exp(-(uv - R m_k)^T P_k^-1 (uv - R m_k) / 2),   P_k = (R S_k R^T)_{uv, uv}
 
-so the optical depth \sum_k D_k of a pixel, and with it what is left of the background, is exact. Colours are composited from front to
-back in the order of the centres' depths, ``x = \sum_k c_k (1 - e^{-D_k}) e^{-\sum_{j before k} D_j} + e^{-\sum_k D_k} c_background``, as in 3-D
-Gaussian splatting (SIGGRAPH 2023, arXiv 2308.04079), whose projection is approximate because its cameras have perspective.
+so the optical depth \sum_k D_k of a pixel, and with it what is left of the background, is exact. Colours are composited from
+front to back in the order of the centres' depths,
+
+    x = \sum_k c_k (1 - e^{-D_k}) e^{-\sum_{j before k} D_j} + e^{-\sum_k D_k} c_background
+
+as in 3-D Gaussian splatting (SIGGRAPH 2023, arXiv 2308.04079), whose projection is approximate because its cameras have
+perspective.
 """
 
 import math
@@ -29,6 +33,12 @@ class GaussianScenes(Scenes):
     """
 
     kind = "gaussians"
+    centres: Tensor
+    log_scales: Tensor
+    quaternions: Tensor
+    log_density: Tensor
+    colour: Tensor
+    background: Tensor
     geometry = ("centres", "log_scales", "quaternions", "log_density")
 
     def __init__(self, n: int, shape: tuple[int, ...], *, size: int = 64, seed: int = 0, texture_only: bool = False) -> None:
@@ -77,7 +87,7 @@ class GaussianScenes(Scenes):
         a, b, c = flat[..., 0, :].square().sum(-1), (flat[..., 0, :] * flat[..., 1, :]).sum(-1), flat[..., 1, :].square().sum(-1)
         area = a * c - b.square()  # det P
         centres = self.centres[index] @ rotation.mT
-        offset = pixel_grid(*self.shape[1:], centres) - centres[:, :, None, None, :2]
+        offset = pixel_grid(self.shape[-2], self.shape[-1], centres) - centres[:, :, None, None, :2]
         u, v = offset.unbind(-1)
         a, b, c, det = (value[..., None, None] for value in (a, b, c, area))
         form = (c * u.square() - 2 * b * u * v + a * v.square()) / det

@@ -11,6 +11,7 @@ class FreeImages(Scenes):
     """``x = samples[index]`` [B, *shape], the same for every camera; they start as standard normal noise."""
 
     kind = "images"
+    samples: Tensor
 
     def start(self, generator: torch.Generator) -> dict[str, Tensor]:
         return {"samples": normal(generator, self.n, *self.shape)}

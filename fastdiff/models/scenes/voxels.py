@@ -28,6 +28,9 @@ class VoxelScenes(Scenes):
     """
 
     kind = "voxels"
+    density: Tensor
+    colour: Tensor
+    background: Tensor
     geometry = ("density",)
 
     def __init__(self, n: int, shape: tuple[int, ...], *, size: int = 16, seed: int = 0, texture_only: bool = False) -> None:
@@ -48,7 +51,7 @@ class VoxelScenes(Scenes):
 
     def forward(self, index: Tensor, camera: Camera) -> Tensor:
         with full_precision(self.background):
-            points, length = rays(camera, *self.shape[1:], self.steps)
+            points, length = rays(camera, self.shape[-2], self.shape[-1], self.steps)
             grid = torch.cat([F.softplus(self.density[index]), self.colour[index]], dim=1)
             depth, colour = at(grid, points).split([1, self.shape[0]], dim=1)
             before = torch.cumsum(depth, dim=2) * length - depth * length
@@ -62,7 +65,7 @@ class VoxelScenes(Scenes):
     def optical_depth(self, index: Tensor, camera: Camera) -> Tensor:
         """``\\sum_i sigma_i delta`` [B, H, W] along each pixel's ray."""
         with full_precision(self.background):
-            points, length = rays(camera, *self.shape[1:], self.steps)
+            points, length = rays(camera, self.shape[-2], self.shape[-1], self.steps)
             return at(F.softplus(self.density[index]), points)[:, 0].sum(1) * length
 
 

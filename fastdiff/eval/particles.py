@@ -17,8 +17,7 @@ def pair_distance(views: Tensor) -> float:
 
 
 def chroma(views: Tensor) -> float:
-    """Mean over all pixels of the largest less the smallest of red, green and blue [..., 3, H, W], not clamped; 2 for pure colours
-    in [-1, 1]."""
+    """Mean over pixels of the largest less the smallest of red, green and blue [..., 3, H, W]; 2 for pure colours in [-1, 1]."""
     return (views.amax(-3) - views.amin(-3)).mean().item()
 
 
@@ -28,7 +27,7 @@ def out_of_range(views: Tensor) -> float:
 
 
 def log_likelihood(law: GaussianMixture, views: Tensor) -> float:
-    """Mean of ``log p(x | view)`` a dimension, in nats, under the law at its first time; view k [n, V, ...] is class k of the law."""
+    """Mean of ``log p(x | view)`` a dimension, in nats, at the first time of ``law``; view k [n, V, ...] is its class k."""
     n, count = views.shape[:2]
     labels = torch.arange(count, device=views.device).repeat(n)
     x = views.flatten(0, 1).double()

@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
 
 def test_all_methods_on_all_their_laws_without_arguments(asked: list[tuple[str, str, int]]) -> None:
     assert main(["certify"]) == 1
-    assert {method for method, *_ in asked} == {"dmd2", "ode-pairs", "swiftbrush"}
+    assert {method for method, *_ in asked} == {"dmd2", "ode-pairs", "prolific-dreamer", "swiftbrush"}
     assert {("dmd2", "ring", 0), ("swiftbrush", "gaussian", 0)} <= set(asked)
 
 

@@ -55,7 +55,7 @@ class GaussianScenes(Scenes):
             "log_scales": math.log(0.15) + 0.1 * normal(generator, n, k, 3),
             "quaternions": normal(generator, n, k, 4),
             "log_density": math.log(3.0) + 0.1 * normal(generator, n, k),
-            "colour": 0.1 * normal(generator, n, k, channels),
+            "colour": 0.5 * normal(generator, n, 1, channels) + 0.1 * normal(generator, n, k, channels),
             "background": torch.zeros(n, channels, device="cpu"),
         }
 

@@ -6,8 +6,8 @@ ray is integrated by the quadrature of emission and absorption, nearest stretch 
     alpha_i = 1 - exp(-sigma_i delta),   T_i = exp(-\sum_{j<i} sigma_j delta),   x = \sum_i T_i alpha_i c_i + T_end c_background
 
 which is exact where density and colour are constant on each stretch. The density starts as a blob, softplus of
-``10 (1 - |p| / 0.5)`` (ProlificDreamer and DreamFusion start so; with softplus, ours), and every particle has its own
-background colour. NeRF, ECCV 2020, arXiv 2003.08934.
+``10 (1 - |p| / 0.5)`` (ProlificDreamer and DreamFusion start so; with softplus, ours) of one colour a particle, by which they
+differ from the start, and every particle has its own background colour. NeRF, ECCV 2020, arXiv 2003.08934.
 """
 
 import math
@@ -45,7 +45,7 @@ class VoxelScenes(Scenes):
         n, s, channels = self.n, self.size, self.shape[0]
         return {
             "density": blob(s) + 0.1 * normal(generator, n, 1, s, s, s),
-            "colour": 0.1 * normal(generator, n, channels, s, s, s),
+            "colour": 0.5 * normal(generator, n, channels, 1, 1, 1) + 0.1 * normal(generator, n, channels, s, s, s),
             "background": torch.zeros(n, channels, device="cpu"),
         }
 

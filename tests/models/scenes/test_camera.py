@@ -49,7 +49,8 @@ def test_sectors_are_centred_at_their_azimuth() -> None:
 
 
 def test_prompts_name_what_is_seen() -> None:
-    assert by_direction("a boot", 8) == [f"a boot, {d} view" for d in "front front side back back back side front".split()]
+    named = ["front", "front", "side", "back", "back", "back", "side", "front"]
+    assert by_direction("a boot", 8) == [f"a boot, {direction} view" for direction in named]
 
 
 def test_angles_of_other_shapes_are_refused() -> None:

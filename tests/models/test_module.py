@@ -172,3 +172,12 @@ def test_the_output_layer_of_torchs_attention_is_no_target_of_an_adapter() -> No
     """``nn.MultiheadAttention`` reads that layer's weight itself: an adapter on it would compute nothing."""
     teacher = small(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 1), "out": nn.Linear(4, 4)}), shape=(4,))
     assert teacher.family.lora_targets == ("out",)
+
+
+def test_the_layer_of_the_embedded_time_is_the_named_one_and_has_its_width() -> None:
+    teacher = small(nn.Sequential(nn.Linear(2, 7), nn.Linear(7, 2)), time_embedding=("0", 7))
+    layer, width = teacher.family.time_embedding(teacher.family.backbone)
+    assert layer is teacher.family.backbone[0]
+    assert layer(torch.zeros(3, 2)).shape == (3, width)
+    with pytest.raises(NotImplementedError, match="embedded time"):
+        small(mlp()).family.time_embedding(mlp())

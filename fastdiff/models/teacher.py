@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion.process import DiscreteVP, NoiseProcess
+from fastdiff.diffusion.process import LEVELS, DiscreteVP, NoiseProcess
 from fastdiff.errors import UserError
 from fastdiff.models.blank import blank_networks
 from fastdiff.models.denoiser import Denoiser
@@ -46,7 +46,7 @@ class Teacher:
             self.process, self.prediction_type = self.family.process()
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
-        if self.prediction_type == "epsilon" and self.process.alpha(torch.tensor(int(self.process.t_max))) == 0:
+        if self.prediction_type == "epsilon" and self.process.alpha(self.process.at_level(torch.tensor(LEVELS - 1))) < 1e-12:
             raise UserError(
                 f"{name} predicts epsilon and its last time has no signal (zero-terminal SNR): x0 = (x - s eps) / 0 there. "
                 "Such a scheduler belongs to a v-prediction teacher; set rescale_betas_zero_snr to false or prediction_type right."

@@ -18,9 +18,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fastdiff.diffusion.process import LEVELS
 from fastdiff.errors import UserError
 from fastdiff.losses import (
-    denoising,
     distribution_matching_gradient,
     pseudo_target,
     reduce,
@@ -30,7 +30,8 @@ from fastdiff.losses import (
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Calls, Paper, Trial, due, last_time, needs_bottleneck, needs_thousand_times, one_step
+from fastdiff.trainers._scores import score_matching
+from fastdiff.trainers.method import Batch, Calls, Paper, Trial, due, needs_bottleneck, one_step
 
 _TRIAL = {"guidance_scale": 1.0, "lr": 1e-3, "fake_score_lr": 2e-3, "ratio": (1, 3)}
 
@@ -110,12 +111,11 @@ class DMD2(PairedMethod):
         return roles
 
     def validate(self, teacher: Teacher) -> None:
-        needs_thousand_times(teacher)
         if self.gan_weight > 0:
             needs_bottleneck(teacher)
 
     def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:
-        everywhere = (0, last_time(teacher.process))
+        everywhere = (0, LEVELS - 1)
         gan = ("gan_student_t", "gan_real_t", "gan_fake_t") if self.gan_weight > 0 else ()
         return {"student_t": (20, 980), "fake_t": everywhere} | dict.fromkeys(gan, everywhere)
 
@@ -172,7 +172,7 @@ class DMD2(PairedMethod):
         x, process = batch.memo["x"], roles.teacher.process
         t, eps = self.times("fake_t", batch), batch.noise("fake_eps")
         fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, batch.cond)
-        terms = {"fake_score": reduce(denoising(fake.eps, eps))}
+        terms = {"fake_score": reduce(score_matching(fake, x, eps))}
         if self.gan_weight > 0:
             _, real, cond = self.draw_pairs(batch)
             on_real = self._logits(real, "gan_real", cond, batch, roles)

@@ -176,6 +176,8 @@ class Trainer:
         for update in self.method.updates(step):
             trained = self.method.trains(update)
             terms = self._backward(update, micro, trained)
+            if not trained:
+                continue
             norm = self._reduce_and_clip(trained)
             accepted = self._health.accept(norm, update=update, step=step)
             for name in trained:
@@ -186,6 +188,8 @@ class Trainer:
                 optimizer.zero_grad()
             if accepted and "student" in trained and self._ema:
                 self._ema.step(self._roles.parameters("student"))
+            if accepted:
+                self.method.after(update, self._roles)
             self._log.add(update, terms, norm, accepted)
 
     def _micro_batches(self, step: int) -> list[Batch]:
@@ -200,9 +204,10 @@ class Trainer:
         self._roles.train_only(*trained)
         means: dict[str, Tensor] = {}
         for batch in micro:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), torch.set_grad_enabled(bool(trained)):
                 terms = self.method.loss(update, batch, self._roles)
-            self.accelerator.backward(sum(terms.values()) / len(micro))
+            if trained:
+                self.accelerator.backward(sum(terms.values()) / len(micro))
             means = {name: means.get(name, 0.0) + value.detach() / len(micro) for name, value in terms.items()}
         return means
 
@@ -302,7 +307,11 @@ class Trainer:
     @torch.no_grad()
     def _images(self, student: Denoiser, n: int) -> tuple[list[str], Tensor, Tensor]:
         prompts, noise = self._fixed(n)
-        return prompts, noise, self.teacher.decode(self.method.sample(student, noise, self.teacher.encode(prompts)))
+        return prompts, noise, self.teacher.decode(self._sample(student, noise, self.teacher.encode(prompts)))
+
+    def _sample(self, student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
+        """The method's samples; each one's fresh noise, where its sampler needs any, is of its own seed."""
+        return self.method.sample(student, noise, cond, [torch.Generator().manual_seed(i) for i in range(len(noise))])
 
     def _validate(self) -> None:
         if self.accelerator.is_main_process:
@@ -330,8 +339,9 @@ class Trainer:
         }
         self._roles.close()
         self._log.close_bar()
+        schedule = self.method.schedule(self.teacher)
         pipeline, difference = export_student(
-            self.teacher, network, self.folder, note, prompts, noise, expected, self.method.sample
+            self.teacher, network, self.folder, note, schedule, prompts, noise, expected, self._sample
         )
         reader = "plain diffusers" if self.teacher.pipeline is not None else "a reloaded network"
         self._log.say(f"exported to {self.folder}; {reader} differs from the trainer by {difference:.1e} at most")

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor
 
 from fastdiff.data.prompts import PromptTable
-from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.diffusion.process import LEVELS
 from fastdiff.errors import UserError
 from fastdiff.models.condition import repeat
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
+from fastdiff.pipelines.export import Schedule
 from fastdiff.trainers.draws import Draws
+from fastdiff.trainers.trajectory import Generators, Sampler, trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +98,13 @@ class Batch:
         """Fresh standard normal latents."""
         return self.draws.normal(name, self.teacher.latent_shape)
 
-    def times(self, name: str, low: int, high: int) -> Tensor:
-        """Times t uniform on low..high inclusive, one per sample."""
-        return self.draws.integers(name, low, high + 1)
+    def times(self, name: str, low: int | Tensor, high: int | Tensor) -> Tensor:
+        """Times of levels uniform on low..high inclusive, one per sample; the ends are levels 0..999, or one a sample, [B]."""
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            level = (low + self.draws.uniform(name) * (high + 1 - low)).floor()
+        else:
+            level = self.draws.integers(name, low, high + 1)
+        return self.teacher.process.at_level(level)
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,8 @@ class Method(ABC):
     bf16_tolerance: ClassVar[tuple[float, float]] = (0.05, 0.2)
     """How far, relatively, the terms and the gradients of one update in bf16 autocast may be from float32: where two near scores
     are subtracted, rounding shows."""
+    sampler: ClassVar[Sampler] = "ddim"
+    """How the student goes from one level to the next: deterministically, or by noising x0 anew ("consistency")."""
     fixed_point: ClassVar[str] = ""
     """The update whose gradient is zero where the student has the teacher's law and all scores are exact and unguided."""
 
@@ -152,12 +160,16 @@ class Method(ABC):
         """The updates of iteration ``step``, in order."""
 
     def trains(self, update: str) -> tuple[str, ...]:
-        """The roles that an update trains; by default the one it is named after."""
+        """The roles that an update trains; by default the one it is named after. One that trains none runs without gradient."""
         return (update,)
 
     @abstractmethod
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         """Named scalar terms; their sum is minimised over ``trains(update)``."""
+
+    def after(self, update: str, roles: Roles) -> None:
+        """What follows the optimisers' steps of an update, besides them."""
+        del update, roles
 
     @abstractmethod
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
@@ -177,7 +189,7 @@ class Method(ABC):
         return Prepared()
 
     def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:
-        """The times that losses draw, both ends included, by the name of the draw; ``times`` draws what is declared here."""
+        """The levels (0..999, see ``NoiseProcess.at_level``) that losses draw, both ends included, by the name of the draw."""
         del teacher
         return {}
 
@@ -185,34 +197,35 @@ class Method(ABC):
         """Times t uniform on ``noise_range(teacher)[name]``, one per sample."""
         return batch.times(name, *self.noise_range(batch.teacher)[name])
 
-    def timesteps(self, teacher: Teacher) -> list[int]:
-        """The times at which the student is called to make a sample."""
-        return [last_time(teacher.process)]
+    def levels(self) -> list[int]:
+        """The levels at which the student is called to make a sample, falling."""
+        return [LEVELS - 1]
+
+    def timesteps(self, teacher: Teacher) -> list[int] | list[float]:
+        """The times of ``levels``."""
+        times: list[int] | list[float] = teacher.process.at_level(torch.tensor(self.levels())).tolist()
+        return times
+
+    def schedule(self, teacher: Teacher) -> Schedule:
+        """What the exported pipeline must do."""
+        return Schedule(self.timesteps(teacher), self.sampler)
 
     def validate(self, teacher: Teacher) -> None:
         """Refuse, with the reason, a teacher this method cannot use."""
         del teacher
 
-    def sample(self, student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
-        """One call at the largest time: ``x0 = (z - sigma_T eps(z, T)) / alpha_T`` for an eps-network."""
-        return one_step(student, noise, cond)
+    def sample(self, student: Denoiser, noise: Tensor, cond: Any, generators: Generators = None) -> Tensor:
+        """x0 [B, ...] from unit noise [B, ...]: one call a level, with ``sampler`` between them.
+
+        Args:
+            generators: where a stochastic sampler draws its noise, one or one a sample; not needed for one step.
+        """
+        return trajectory(student, noise, cond, self.levels(), self.sampler, generators)[-1].x0
 
 
 def one_step(student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
-    """``x0`` [B, C, h, w] of one network call at t = T from ``noise``."""
-    t = torch.full((len(noise),), last_time(student.process), device=noise.device)
-    return student(noise, t, cond).x0
-
-
-def last_time(process: NoiseProcess) -> int:
-    """T, where a one-step student starts."""
-    return int(process.t_max)
-
-
-def needs_thousand_times(teacher: Teacher) -> None:
-    """Refuse a teacher whose times are not 0..999: the papers' range 20..980 would be another share of its path."""
-    if int(teacher.process.t_max) != 999:
-        raise UserError(f"{teacher.name} has times 0..{int(teacher.process.t_max)}; this method draws t from 20..980 of 0..999.")
+    """``x0`` [B, ...] of one network call at the largest time from unit noise: ``x0 = (z - sigma_T eps(z, T)) / alpha_T``."""
+    return trajectory(student, noise, cond, [LEVELS - 1], "ddim")[-1].x0
 
 
 def needs_bottleneck(teacher: Teacher) -> None:

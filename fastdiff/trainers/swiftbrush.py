@@ -17,13 +17,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.process import expand
+from fastdiff.diffusion.process import LEVELS, expand
 from fastdiff.errors import UserError
 from fastdiff.losses import denoising, pseudo_target, reduce, variational_score_gradient
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Calls, Paper, Trial, last_time, needs_thousand_times, one_step
+from fastdiff.trainers.method import Batch, Calls, Paper, Trial, one_step
 
 _TRIAL = {"guidance_scale": 1.0, "lr": 2e-4, "fake_score_lr": 2e-3}
 
@@ -79,11 +79,8 @@ class SwiftBrush(PairedMethod):
         )
         return {"student": Role(train="full", lr=self.lr), "fake_score": fake}
 
-    def validate(self, teacher: Teacher) -> None:
-        needs_thousand_times(teacher)
-
     def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:
-        return {"student_t": (20, 980), "fake_t": (0, last_time(teacher.process))}
+        return {"student_t": (20, 980), "fake_t": (0, LEVELS - 1)}
 
     def regresses(self) -> bool:
         return self.warm_start_steps > 0
@@ -114,7 +111,7 @@ class SwiftBrush(PairedMethod):
             x_t = process.add_noise(x, eps, t)
             real = roles.denoiser("teacher").guided(x_t, t, batch.cond, batch.null, self.guidance_scale)
             fake = roles.denoiser("fake_score").guided(x_t, t, batch.cond, batch.null, self.guidance_scale)
-            weight = expand(process.sigma(t).square(), x)
+            weight = expand((process.sigma(t) / process.norm(t)).square(), x)
             gradient = variational_score_gradient(real.eps, fake.eps, weight=weight)
         return {"vsd": reduce(pseudo_target(x, gradient))}
 
@@ -123,5 +120,5 @@ class SwiftBrush(PairedMethod):
         t, eps = self.times("fake_t", batch), batch.noise("fake_eps")
         cond = batch.null if batch.draws.choice("null") < self.null_probability else batch.cond
         fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, cond)
-        weight = expand(process.alpha(t).square(), x)
+        weight = expand((process.alpha(t) / process.norm(t)).square(), x)
         return {"fake_score": reduce(denoising(fake.eps, eps, weight=weight))}

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from fastdiff import Trainer
 from fastdiff.diffusion.exact import GaussianMixture
+from fastdiff.diffusion.process import EDM, NoiseProcess, RectifiedFlow, TrigFlow
 from fastdiff.errors import UserError
 from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.teacher import Teacher
@@ -167,18 +168,24 @@ def test_times_are_those_that_the_method_declares_and_the_process_has(
     method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A time out of range has an embedding too (diffusers' SANA-Sprint script asks at a probability)."""
-    drawn: dict[str, tuple[int, int]] = {}
+    drawn: dict[str, tuple[int, int, bool]] = {}
     original = Batch.times
 
-    def times(self: Batch, name: str, low: int, high: int) -> Tensor:
-        drawn[name] = (low, high)
+    def times(self: Batch, name: str, low: int | Tensor, high: int | Tensor) -> Tensor:
+        ends = int(torch.as_tensor(low).min()), int(torch.as_tensor(high).max())
+        drawn[name] = (*ends, isinstance(low, Tensor) or isinstance(high, Tensor))
         return original(self, name, low, high)
 
     monkeypatch.setattr(Batch, "times", times)
     with started(method, tmp_path) as run, listening(run) as calls:
         for _ in updates_of(run):
             pass
-        assert drawn == method.noise_range(run.teacher)
+        ranges = method.noise_range(run.teacher)
+        assert drawn.keys() == ranges.keys()
+        for name, (low, high, by_sample) in drawn.items():
+            first, last = ranges[name]
+            assert first <= low <= high <= last, name
+            assert by_sample or (first, last) == (low, high), name
         process = run.teacher.process
         first, last = (process.network_time(torch.tensor(int(t))) for t in (process.t_min, process.t_max))
         assert calls
@@ -347,11 +354,18 @@ def _module() -> Teacher:
     return Teacher.from_module(TimeMLP(3, classes=3), laws.process(), "epsilon", shape=(3,), prompts=["0", "1", "2"])
 
 
+def _under(process: NoiseProcess, prediction_type: str) -> Callable[[], Teacher]:
+    return lambda: Teacher.from_module(TimeMLP(3, classes=3), process, prediction_type, shape=(3,), prompts=["0", "1", "2"])
+
+
 BACKBONES: dict[str, Callable[[], Teacher]] = {
     "unet-epsilon": tiny_teacher,
     "unet-v": lambda: tiny_teacher(prediction_type="v_prediction"),
     "law": _law,
     "module": _module,
+    "flow": _under(RectifiedFlow(), "flow_prediction"),
+    "edm": _under(EDM(), "edm"),
+    "trigflow": _under(TrigFlow(), "trigflow"),
 }
 
 

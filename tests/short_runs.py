@@ -105,6 +105,8 @@ def updates_of(run: Trainer) -> Iterator[tuple[str, tuple[str, ...], dict[str, T
         for update in run.method.updates(step):
             trained = run.method.trains(update)
             terms = run._backward(update, batches, trained)
+            if not trained:  # it fills a pool
+                continue
             run._reduce_and_clip(trained)
             yield f"{step} {update}", trained, terms
             for optimizer in run._optimizers.values():
@@ -177,7 +179,11 @@ class Joined(Draws):
     """The draws of several ranks, one after another, as those of one batch."""
 
     def __init__(self, ranks: list[Draws]) -> None:
-        self.ranks, self.key = ranks, ranks[0].key
+        self._ranks, self.key = ranks, ranks[0].key
+
+    @property
+    def ranks(self) -> list[Draws]:
+        return self._ranks
 
     def __len__(self) -> int:
         return sum(map(len, self.ranks))

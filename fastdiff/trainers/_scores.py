@@ -1,5 +1,9 @@
-"""What the score-distillation methods share: the denoising loss of a fake score under any process."""
+"""What the score-distillation methods share: the denoising loss of a fake score under any process, and full precision."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastdiff.diffusion.prediction import Prediction
@@ -22,3 +26,8 @@ def score_matching(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
         return denoising(prediction.x0, x0, weight=weight)
     velocity = expand(process.dalpha(t), x0) * x0 + expand(process.dsigma(t), x0) * eps
     return denoising(prediction.velocity, velocity)
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off where ``like`` is, for small differences of network outputs; the meta device knows no autocast."""
+    return nullcontext() if like.device.type == "meta" else torch.autocast(like.device.type, enabled=False)

@@ -160,7 +160,7 @@ def test_what_a_forward_pass_keeps_is_used_by_a_backward_pass(method: Method, tm
         for update, trained, _ in updates_of(run):
             waste = Counter({call.role: sum(call.kept.values()) for call in calls if call.kept})
             assert not waste, f"{update} keeps bytes for nothing: {dict(waste)}"
-            assert {call.role for call in calls} & set(trained), update
+            assert not trained or {call.role for call in calls} & set(trained), update
             calls.clear()
 
 
@@ -286,7 +286,8 @@ def test_bf16_autocast_stays_near_float32(method: Method, tmp_path: Path, precis
     assert terms["bf16"].keys() == terms["no"].keys()
     for key, exact in terms["no"].items():
         assert terms["bf16"][key].dtype == torch.float32
-        assert 0 < abs(terms["bf16"][key] - exact) <= of_terms * abs(exact), key
+        assert abs(terms["bf16"][key] - exact) <= of_terms * abs(exact), key
+    assert any(terms["bf16"][key] != exact for key, exact in terms["no"].items())
     for key, gradient in found["no"].items():
         assert 0 < distance(found["bf16"][key], gradient) <= of_gradients, key
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.gaussian import Gaussian
+from fastdiff.diffusion.process import LEVELS
 from fastdiff.diffusion.reference import reference_flow_map
 from fastdiff.eval.distributions import covariance_error, gaussian_w2, mode_masses, sliced_w2
 from fastdiff.models.denoiser import Denoiser
@@ -92,9 +93,10 @@ def certify_fixed_point(method: Method, *, seed: int = 0) -> Row:
 
 
 def certify(method: type[Method], law: str, *, seed: int = 0) -> list[Row]:
-    """The certificate of ``method`` on ``law``; its settings are those of ``method.trials[law]``, or of any for the fixed point."""
+    """The certificate of ``method`` in the trial ``law`` of its ``trials``, or of its fixed point."""
     if law == FIXED_POINT:
-        return [certify_fixed_point(method(**next(iter(method.trials.values())).fields), seed=seed)]
+        fields = {**next(iter(method.trials.values())).fields, **method.fixed_point_fields}
+        return [certify_fixed_point(method(**fields), seed=seed)]
     trial = method.trials[law]
     return certify_instance(method(**trial.fields), law, trial, seed=seed)
 
@@ -109,8 +111,8 @@ def certify_instance(method: Method, law: str, trial: Trial, *, seed: int = 0) -
         torch.set_num_threads(threads)
 
 
-def _certify(method: Method, law: str, trial: Trial, seed: int) -> list[Row]:
-    clock = time.perf_counter()
+def _certify(method: Method, name: str, trial: Trial, seed: int) -> list[Row]:
+    clock, law = time.perf_counter(), trial.law or name
     oracle = teacher(law, seed=seed)
     exact: GaussianMixture = oracle.law  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
@@ -132,8 +134,9 @@ def _certify(method: Method, law: str, trial: Trial, seed: int) -> list[Row]:
     labels = draw_labels(exact, n, generator)
     noise = torch.randn(n, *exact.shape, generator=generator)
     with torch.no_grad():
-        drawn = Drawn(method.sample(student, noise, labels), labels, noise)
-        plain = Drawn(method.sample(oracle.denoiser, noise, labels), labels, noise)
+        drawn, plain = (
+            Drawn(method.sample(network, noise, labels, generator), labels, noise) for network in (student, oracle.denoiser)
+        )
     fresh = Drawn(exact.sample(n, generator, labels), labels, noise)
     reference = exact.sample(n, generator, labels)
     seconds = time.perf_counter() - clock
@@ -144,7 +147,7 @@ def _certify(method: Method, law: str, trial: Trial, seed: int) -> list[Row]:
         details = {"masses": masses(exact, drawn).tolist()} if metric == "mode_mass" else {}
         if metric == "flow_map":
             floor = 0.0
-        rows.append(Row(method.name(), law, metric, value, bound, baseline, floor, round(seconds, 1), seed, details))
+        rows.append(Row(method.name(), name, metric, value, bound, baseline, floor, round(seconds, 1), seed, details))
     return rows
 
 
@@ -201,7 +204,8 @@ def _axes(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
 def _flow_map(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
     """Root mean square distance to the exact end of each noise's own trajectory, in units of the law's deviation."""
     n = min(len(drawn.noise), 1000)
-    noise, t = drawn.noise[:n].double(), torch.full((n,), int(law.process.t_max))
+    t = law.process.at_level(torch.tensor(LEVELS - 1)).expand(n)
+    noise = law.process.initial_scale * drawn.noise[:n].double()
     if isinstance(law, Gaussian):
         end = law.consistency(noise, t)
     else:

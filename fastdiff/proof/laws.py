@@ -5,12 +5,14 @@
     classes    3 classes of 2 or 3 modes, masses 0.02 .. 0.48, unequal spreads         conditions, rare modes
     images     5 smooth modes of 1x8x8 images, trained through a small UNet2DModel     pictures
 
-All run under Stable Diffusion's noise schedule. The students' starting network, as a pretrained teacher's weights would be, is
-fitted to the law's own v-prediction for a few seconds; the teacher that methods ask is the law itself.
+    ring-flow, ring-edm    the ring under rectified flow and under EDM
+
+All others run under Stable Diffusion's noise schedule. The students' starting network, as a pretrained teacher's weights would be,
+is fitted to the law's own prediction for a few seconds; the teacher that methods ask is the law itself.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -19,13 +21,18 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.gaussian import Gaussian
-from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.diffusion.prediction import input_scale
+from fastdiff.diffusion.process import EDM, LEVELS, NoiseProcess, RectifiedFlow, expand
 from fastdiff.diffusion.schedulers import process_from_scheduler
 from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.teacher import Teacher
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-PREDICTION_TYPE = "v_prediction"
+
+
+def process() -> NoiseProcess:
+    """Stable Diffusion's."""
+    return process_from_scheduler(SCHEDULE)[0]
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,9 @@ class KnownLaw:
     samples: int
     fit_steps: int
     batch_size: int
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    process: Callable[[], NoiseProcess] = process
+    prediction_type: str = "v_prediction"
 
 
 def _unet() -> nn.Module:
@@ -64,16 +73,29 @@ def _call_unet(network: nn.Module, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
 
 _CONVOLUTIONS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_out")
 LAWS: dict[str, KnownLaw] = {
-    "ring": KnownLaw(GaussianMixture.ring, lambda: TimeMLP(2), 8000, 1500, 512, {}),
-    "gaussian": KnownLaw(Gaussian.anisotropic, lambda: TimeMLP(16), 8000, 1500, 512, {}),
-    "classes": KnownLaw(GaussianMixture.classes, lambda: TimeMLP(2, classes=3), 8000, 2000, 512, {}),
+    "ring": KnownLaw(GaussianMixture.ring, lambda: TimeMLP(2), 8000, 1500, 512),
+    "gaussian": KnownLaw(Gaussian.anisotropic, lambda: TimeMLP(16), 8000, 1500, 512),
+    "classes": KnownLaw(GaussianMixture.classes, lambda: TimeMLP(2, classes=3), 8000, 2000, 512),
     "images": KnownLaw(GaussianMixture.images, _unet, 2000, 300, 128, {"call": _call_unet, "lora_targets": _CONVOLUTIONS}),
+    "ring-flow": KnownLaw(
+        GaussianMixture.ring,
+        lambda: TimeMLP(2, time_scale=1000.0),
+        8000,
+        1500,
+        512,
+        process=RectifiedFlow,
+        prediction_type="flow_prediction",
+    ),
+    "ring-edm": KnownLaw(
+        GaussianMixture.ring,
+        lambda: TimeMLP(2, time_scale=2.0),
+        8000,
+        1500,
+        512,
+        process=lambda: EDM(sigma_data=1.4222),
+        prediction_type="edm",
+    ),
 }
-
-
-def process() -> NoiseProcess:
-    """Stable Diffusion's."""
-    return process_from_scheduler(SCHEDULE)[0]
 
 
 def teacher(name: str, *, seed: int = 0) -> Teacher:
@@ -83,13 +105,13 @@ def teacher(name: str, *, seed: int = 0) -> Teacher:
     network.load_state_dict(_fitted(name, seed))
     labels = [] if law.labels is None else [str(label) for label in sorted(set(law.labels.tolist()))]
     return Teacher.from_module(
-        network, law.process, PREDICTION_TYPE, shape=law.shape, prompts=labels or [""], name=name, law=law, **known.options
+        network, law.process, known.prediction_type, shape=law.shape, prompts=labels or [""], name=name, law=law, **known.options
     )
 
 
 def exact(name: str) -> GaussianMixture:
     """The law itself."""
-    return LAWS[name].build(process())
+    return LAWS[name].build(LAWS[name].process())
 
 
 def draw_labels(law: GaussianMixture, n: int, generator: torch.Generator) -> Tensor:
@@ -101,7 +123,7 @@ def draw_labels(law: GaussianMixture, n: int, generator: torch.Generator) -> Ten
 
 @cache
 def _fitted(name: str, seed: int) -> dict[str, Tensor]:
-    """Weights of the starting network: least squares on the law's v, a tenth of the labels dropped."""
+    """Weights of the starting network: least squares on the law's output, a tenth of the labels dropped."""
     known, law = LAWS[name], exact(name)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -113,10 +135,12 @@ def _fitted(name: str, seed: int) -> dict[str, Tensor]:
     for _ in range(known.fit_steps):
         labels = draw_labels(law, known.batch_size, generator)
         x0 = law.sample(known.batch_size, generator, labels).float()
-        t = torch.randint(0, int(law.process.t_max) + 1, (known.batch_size,), generator=generator)
+        t = law.process.at_level(torch.randint(0, LEVELS, (known.batch_size,), generator=generator))
         x_t = law.process.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
         seen = labels.masked_fill(torch.rand(known.batch_size, generator=generator) < 0.1, -1)
-        loss = (call(network, x_t, t, seen) - law(x_t, t, seen).output(PREDICTION_TYPE)).square().mean()
+        scale = input_scale(law.process, t, known.prediction_type)
+        output = call(network, x_t if scale is None else expand(scale, x_t) * x_t, law.process.network_time(t), seen)
+        loss = (output - law(x_t, t, seen).output(known.prediction_type)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -66,6 +66,8 @@ class Trial:
     bounds: Mapping[str, float]
     """The largest value of each metric that passes."""
     max_steps: int
+    law: str = ""
+    """The law, where the trial's own name says more than that."""
     batch_size: int = 512
     ema_decay: float = 0.99
 
@@ -137,7 +139,7 @@ class Method(ABC):
 
     info: ClassVar[Paper]
     trials: ClassVar[Mapping[str, Trial]] = {}
-    """The laws this method must recover, by their names in ``fastdiff.proof.laws``."""
+    """What this method must recover, by the names of laws in ``fastdiff.proof.laws``, or by names of its own."""
     bf16_tolerance: ClassVar[tuple[float, float]] = (0.05, 0.2)
     """How far, relatively, the terms and the gradients of one update in bf16 autocast may be from float32: where two near scores
     are subtracted, rounding shows."""
@@ -145,6 +147,8 @@ class Method(ABC):
     """How the student goes from one level to the next: deterministically, or by noising x0 anew ("consistency")."""
     fixed_point: ClassVar[str] = ""
     """The update whose gradient is zero where the student has the teacher's law and all scores are exact and unguided."""
+    fixed_point_fields: ClassVar[Mapping[str, Any]] = {}
+    """Settings under which that law can be stated, besides those of the first trial."""
 
     @classmethod
     def name(cls) -> str:

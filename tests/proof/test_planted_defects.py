@@ -130,7 +130,7 @@ def tdm_fake_score_loss() -> tuple[float, float]:
     method = TDM(step_counts=(4,), start=1000)
     real, fake, biases, factor = OFF.laws()
     batch = OFF.batch(real)
-    roles = ExactRoles(batch.teacher, _Generator(biases, factor, torch.zeros(OFF.n, OFF.d), real.process), fake)
+    roles = ExactRoles(batch.teacher, _Generator(biases, factor, torch.zeros(1, OFF.d), real.process), fake)
     (got,) = method.loss("fake_score", batch, roles).values()  # type: ignore[arg-type]
     moments, process = method._pools[4].fake_score_samples(batch, roles, 0, 0), real.process  # type: ignore[arg-type]
     t = torch.tensor([999, 749, 499, 249])[moments.rung]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fastdiff.eval.subject import Subject
 
 
+_OWN = {"fashion": (25, 3.0)}  # steps and guidance of the bundled teacher, whose folder cannot say them
+
+
 @dataclass(kw_only=True)
 class Scoring:
     """How images are scored outside the bundled world."""
@@ -36,8 +39,13 @@ class Scoring:
     """Processes that decode and resize."""
 
 
-def subjects(sources: Sequence[str], steps: Sequence[int], guidance_scale: float, device: str) -> "list[tuple[str, Subject]]":
-    """A subject for each row, with the name of its folder: students bare, others at each number of ``steps``."""
+def subjects(
+    sources: Sequence[str], steps: Sequence[int] | None, guidance_scale: float | None, device: str
+) -> "list[tuple[str, Subject]]":
+    """A subject for each row, with the name of its folder: students bare, others at each number of ``steps``.
+
+    None leaves steps or guidance to the pipeline, whose call then gets none of it; the bundled teacher has 25 and 3.
+    """
     from fastdiff.eval.sources import image_folder, open_source
 
     found = []
@@ -46,13 +54,21 @@ def subjects(sources: Sequence[str], steps: Sequence[int], guidance_scale: float
         if image_folder(source) or (Path(source) / "fastdiff.json").is_file():
             found.append((name, open_source(source, device=device)))
             continue
-        for k in steps:
-            found.append(
-                (f"{name}-{k}-{guidance_scale:g}", open_source(source, steps=k, guidance_scale=guidance_scale, device=device))
-            )
+        own_steps, own_scale = _OWN.get(source, (None, None))
+        scale = own_scale if guidance_scale is None else guidance_scale
+        for k in (own_steps,) if steps is None else steps:
+            subject = open_source(source, steps=k, guidance_scale=scale, device=device)
+            found.append((_folder_name(name, k, scale), subject))
     if len({name for name, _ in found}) < len(found):
         raise UserError(f"two of {', '.join(sources)} have one name, and their images would share a folder: rename one.")
     return found
+
+
+def _folder_name(name: str, steps: int | None, guidance_scale: float | None) -> str:
+    """``model-25-3``; what is left to the pipeline is ``own``, and a bare call has no ending."""
+    if steps is None and guidance_scale is None:
+        return name
+    return f"{name}-{'own' if steps is None else steps}-{'own' if guidance_scale is None else f'{guidance_scale:g}'}"
 
 
 def notes(results: "Sequence[Result]") -> dict[str, str]:
@@ -65,8 +81,8 @@ def protocol_rows(
     scoring: Scoring,
     prompts: Sequence[str],
     *,
-    steps: Sequence[int],
-    guidance_scale: float,
+    steps: Sequence[int] | None,
+    guidance_scale: float | None,
     num_images: int | None,
     seed: int,
     device: str,
@@ -140,6 +156,8 @@ def _asked(protocol: "Protocol", prompts: Sequence[str], num_images: int | None,
     n = protocol.n if num_images is None else num_images
     if not prompts and protocol.extractor == "fashion":
         prompts = random_captions(n, seed)
+    if not prompts and protocol.prompts.startswith("unconditional"):
+        prompts = [""] * n
     if not prompts:
         raise UserError(f"{protocol.name} draws {protocol.prompts!r}: give them with --prompts, a text file with one a line.")
     if n < 2:

@@ -9,7 +9,7 @@ start from the same noise; the same generators go on to the pipeline, whose sche
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def pipeline_subject(
     resolution: int | None = None,
     files: Iterable[str | Path] = (),
 ) -> Subject:
-    """A diffusers image pipeline as a subject; without steps and guidance it is called bare.
+    """A diffusers image pipeline as a subject; without steps and guidance it is called bare, and says what it took.
 
     One image is drawn at once: it tells the steps of a bare call, whether it guides, and the size of an image.
 
@@ -103,8 +103,8 @@ def pipeline_subject(
     pipeline.set_progress_bar_config(disable=True)
     with count_calls(network) as calls:
         probe = generate([""] if "prompt" in takes or "batch_size" in takes else ["0"], generators(0, [0]))
-    if guidance_scale is None and calls.samples == calls.forwards:
-        guidance_scale = 1.0
+    if guidance_scale is None:
+        guidance_scale = 1.0 if calls.samples == calls.forwards else _default_guidance(takes)
     steps = steps or calls.forwards
     return Subject(
         name=f"{name} ({steps} step{'' if steps == 1 else 's'})",
@@ -118,3 +118,9 @@ def pipeline_subject(
         resolution=(probe.shape[-2], probe.shape[-1]),
         device=pipeline.device,
     )
+
+
+def _default_guidance(takes: Mapping[str, inspect.Parameter]) -> float | None:
+    """The guidance of a bare call that guides; None where the call does not say."""
+    value = takes["guidance_scale"].default if "guidance_scale" in takes else None
+    return float(value) if isinstance(value, int | float) else None

@@ -1,5 +1,6 @@
 """``fastdiff eval --protocol``: any pipelines and folders of images under a protocol, with a reference of the user's."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ class Scoring:
     clip: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the protocol's CLIP model, as open_clip saves it, for a CLIP score; without it there is none."""
     images: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/images")
-    """Where generated images are kept, a folder a row; an interrupted run goes on there."""
+    """Where generated images are kept, a folder a row, and each finished row as NAME.row.json; a later run goes on there."""
     batch_size: int = 16
     """Images a call."""
     workers: int = 2
@@ -126,9 +127,12 @@ def protocol_rows(
                     batch_size=scoring.batch_size,
                     workers=scoring.workers,
                     progress=bar.update,
+                    keep=(kept := Path(scoring.images) / f"{name}.row.json"),
                 )
             except ValueError as error:  # a gate of the evaluation: what it says is about the images
                 raise UserError(str(error)) from error
+            if found.kept:
+                bar.write(f"{subject.name}: its finished row is read from {kept}", file=sys.stderr)
             taken = {result.model for result in results}
             results.append(replace(found.result, model=name) if found.result.model in taken else found.result)
             if results[1:] and found.protocol.hash != done.hash:

@@ -8,6 +8,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastdiff.eval.frechet import covariance_factor, frechet
 from fastdiff.eval.generate import generate
 from fastdiff.eval.generation import HEADER, Generation
 from fastdiff.eval.images import ImageFolder, features_of_folder
+from fastdiff.eval.kept import read_row, write_row
 from fastdiff.eval.preprocess import Preprocess
 from fastdiff.eval.protocol import Protocol
 from fastdiff.eval.reference import read_reference, source_hash
@@ -31,7 +33,7 @@ from fastdiff.eval.sanity import enforce, feature_gates, file_gates, image_gates
 from fastdiff.eval.scores import FeatureReference, Scores, feature_scores
 from fastdiff.eval.stats import Stats
 from fastdiff.eval.subject import Subject, prompts_hash
-from fastdiff.eval.weights import sha256
+from fastdiff.eval.weights import sha256, state_digest
 
 SHOWN = 64
 """Images that are kept for a picture and looked at by the gates on pixels."""
@@ -50,6 +52,14 @@ class Instruments:
     """Of a second Frechet distance, of full-resolution patches, where the protocol has one and the reference is images."""
     clip: ClipScore | None = None
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides a score besides the images: protocol, networks and reference."""
+        clip = None if self.clip is None else {**self.clip.conventions, "weights": state_digest(self.clip.model)}
+        patch = None if self.patch is None else self.patch.identity
+        own = {"protocol": self.protocol.hash, "extractor": self.extractor.id, "reference": self.reference_sha256}
+        return {**own, "features": self.reference.features is not None, "patch": patch, "clip": clip}
+
     @property
     def label(self) -> str:
         """What its Frechet distance is called: ``FID[clean]`` or ``FD[name]``."""
@@ -62,6 +72,8 @@ class Measured:
 
     result: Result
     protocol: Protocol
+    kept: bool = False
+    """It was read from the file of a finished row."""
 
 
 def _clip_score(protocol: Protocol, folder: str | Path) -> ClipScore:
@@ -172,6 +184,7 @@ def measure(
     workers: int = 2,
     repeats: int = 5,
     progress: Callable[[int], None] | None = None,
+    keep: str | Path | None = None,
 ) -> Measured:
     """Draw what ``folder`` misses, extract, score.
 
@@ -181,6 +194,7 @@ def measure(
         groups: the class of each image, for a distance of each class.
         repeats: timed single images; none for images that are there already.
         progress: called with the number of images just drawn.
+        keep: a file of the finished row (``kept``): written, and read in place of a measurement that it is of.
 
     Raises:
         UserError: the folder holds other images, or not as many as there are prompts.
@@ -193,6 +207,9 @@ def measure(
     if len(images) != len(prompts):
         raise UserError(f"{folder} holds {len(images)} images, and the evaluation is of {len(prompts)}: give as many prompts.")
     shown = images(torch.arange(min(SHOWN, len(images))))
+    key = {} if keep is None else _key(subject, prompts, images, instruments, groups, repeats)
+    if keep is not None and (kept := read_row(keep, key, images=shown, prompts=list(prompts[: len(shown)]))):
+        return Measured(result=kept[0], protocol=kept[1], kept=True)
     findings = [*image_gates(shown), *file_gates(images.files)]
     enforce(findings)
     features = features_of_folder(images, instruments.extractor, workers=workers, batch_size=batch_size)
@@ -218,7 +235,26 @@ def measure(
     real = instruments.protocol.replace(
         n=len(images), prompts_sha256=prompts_hash(prompts), **_done(instruments, subject, folder, seed, shown)
     )
+    if keep is not None:
+        write_row(keep, key, result, real)
     return Measured(result=result, protocol=real)
+
+
+def _key(
+    subject: Subject, prompts: Sequence[str], images: ImageFolder, instruments: Instruments, groups: Sequence[str], repeats: int
+) -> dict[str, Any]:
+    """All that decides a row."""
+    made = Generation.open(images.path).settings if (images.path / HEADER).is_file() else None
+    timed = None if subject.stored is not None else {"device": str(subject.device), "repeats": repeats}
+    return {
+        "model": subject.name,
+        "images": source_hash(images.files),
+        "generation": made,
+        "cost": timed,
+        "prompts": prompts_hash(prompts),
+        "groups": prompts_hash(groups),
+        "instruments": instruments.identity,
+    }
 
 
 def _done(instruments: Instruments, subject: Subject, folder: str | Path, seed: int, shown: Tensor) -> dict[str, Any]:

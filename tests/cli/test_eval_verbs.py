@@ -22,6 +22,12 @@ def result(path: Path, fd: float, *, n: int = 2000, model: str = "student", reco
     return path
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept by default goes below the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
     folder = tmp_path / "photographs"

@@ -91,3 +91,48 @@ def test_the_bundled_teacher_keeps_its_25_steps_and_guidance_3(tmp_path: Path) -
 def test_steps_below_one_are_refused(world: World, stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*world.words(stranger), "--teacher-steps", "0"]) == 2
     assert "--teacher-steps holds 0" in capsys.readouterr().err
+
+
+def test_a_killed_run_keeps_its_finished_rows_and_the_next_does_not_measure_them_again(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (write_pictures(world.folder / name, seed=seed) for name, seed in (("first", 1), ("second", 2)))
+    whole = (second / "000003.png").read_bytes()
+    (second / "000003.png").write_bytes(b"\x89PNG broken")
+    assert main(world.words(first, second)) == 2  # the second row stops the run
+    kept = world.folder / "images" / "first.row.json"
+    metrics = json.loads(kept.read_text())["result"]["metrics"]
+    assert not (world.folder / "out.json").exists()
+    (second / "000003.png").write_bytes(whole)
+    capsys.readouterr()
+    assert main(world.words(first, second)) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "finished row" in line]
+    assert len(said) == 1
+    assert said[0].endswith(f"first: its finished row is read from {kept}")
+    row, other = read_rows(world.folder / "out.json")
+    assert {key: row[key] for key in metrics} == metrics
+    assert other["fd"] != row["fd"]
+
+
+def test_a_kept_row_of_a_pipeline_is_not_timed_again(world: World, unconditional: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(world.words(unconditional, out="before.json")) == 0
+    monkeypatch.setattr("fastdiff.eval.measure.latency", None)  # a call would fail
+    assert main(world.words(unconditional, out="after.json")) == 0
+    assert read_rows(world.folder / "before.json") == read_rows(world.folder / "after.json")
+
+
+@pytest.mark.parametrize("what", ["reference", "protocol"])
+def test_a_kept_row_of_other_images_reference_or_protocol_is_measured_again(world: World, what: str) -> None:
+    mine = write_pictures(world.folder / "mine", seed=1)
+    assert main(world.words(mine, out="before.json")) == 0
+    if what == "protocol":
+        world.protocol(neighbours=2)
+    else:
+        write_pictures(world.folder / "new", 1, seed=2, side=9)
+        (world.folder / "new" / "000000.png").replace((mine if what == "image" else world.folder / "real") / "000000.png")
+    assert main(world.words(mine, out="after.json")) == 0
+    before, after = (read_rows(world.folder / f"{name}.json")[0] for name in ("before", "after"))
+    changed = {"image": "fd", "reference": "fd", "protocol": "density"}[what]
+    assert before[changed] != after[changed]
+    if what == "protocol":
+        assert before["fd"] == after["fd"]

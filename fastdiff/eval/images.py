@@ -65,6 +65,11 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def source(self) -> str:
+        """SHA-256 of all files and their names (``source_hash``); they are read for it each time."""
+        return source_hash(self.files, self.path)
+
     def levels(self, i: int) -> Tensor:
         """Image ``i`` as whole levels [3, H, W] in [0, 255], float32, a view of [H, W, 3]."""
         file = self.files[i]
@@ -193,7 +198,7 @@ def _natural(name: str) -> tuple[list[Any], str]:
 
 def _bank_of(folder: ImageFolder, extractor: FeatureExtractor, path: Path) -> Path:
     """``path``, whose ``source.txt`` says which images and which extractor its features are of."""
-    stamp, source = path / "source.txt", f"{source_hash(folder.files)} {extractor.id}\n"
+    stamp, source = path / "source.txt", f"{folder.source} {extractor.id}\n"
     if stamp.is_file() and stamp.read_text() != source:
         raise UserError(f"{path} keeps features of other images or of another extractor than {extractor.id}: take a new folder.")
     with aside(stamp) as part:

@@ -28,7 +28,7 @@ from fastdiff.eval.images import ImageFolder, features_of_folder
 from fastdiff.eval.kept import read_row, write_row
 from fastdiff.eval.preprocess import Preprocess
 from fastdiff.eval.protocol import Protocol
-from fastdiff.eval.reference import read_reference, source_hash
+from fastdiff.eval.reference import read_reference
 from fastdiff.eval.sanity import enforce, feature_gates, file_gates, image_gates
 from fastdiff.eval.scores import FeatureReference, Scores, feature_scores
 from fastdiff.eval.stats import Stats
@@ -47,7 +47,7 @@ class Instruments:
     extractor: FeatureExtractor
     reference: FeatureReference
     reference_sha256: str = ""
-    """Of the reference's file, or of the names and sizes of a folder's images; part of the protocol that is reported."""
+    """Of a folder's images (``source_hash``), which statistics of it carry too, else of the file; part of what is reported."""
     patch: "Instruments | None" = None
     """Of a second Frechet distance, of full-resolution patches, where the protocol has one and the reference is images."""
     clip: ClipScore | None = None
@@ -100,8 +100,7 @@ def open_extractor(protocol: Protocol, *, weights: str | Path | None = None, ref
     if name not in EXTRACTORS:
         raise UserError(f"{protocol.name} asks for the extractor {name!r}: expected one of {', '.join(EXTRACTORS)}.")
     takes = inspect.signature(EXTRACTORS[name]).parameters
-    chosen = protocol.reference_preprocess if reference and protocol.reference_preprocess else protocol.preprocess
-    chosen = chosen.removesuffix(":truncate")  # images are read from files, which hold rounded levels already
+    chosen = _preprocess(protocol, reference=reference)
     options = {key: value for key, value in {"preprocess": chosen, "layer": protocol.layer}.items() if key in takes}
     if weights is not None:
         key = next((key for key in ("weights", "folder", "model") if key in takes), "")
@@ -115,6 +114,11 @@ def open_extractor(protocol: Protocol, *, weights: str | Path | None = None, ref
             "its scores would be of another protocol. Name that one in the protocol."
         )
     return extractor
+
+
+def _preprocess(protocol: Protocol, *, reference: bool) -> str:
+    chosen = protocol.reference_preprocess if reference and protocol.reference_preprocess else protocol.preprocess
+    return chosen.removesuffix(":truncate")  # images are read from files, which hold rounded levels already
 
 
 def open_instruments(
@@ -156,14 +160,15 @@ def open_instruments(
             protocol=protocol,
             extractor=extractor,
             reference=measured,
-            reference_sha256=source_hash(folder.files),
+            reference_sha256=folder.source,
             patch=patch,
             clip=scorer,
         )
     found = read_reference(reference, extractor=extractor.id)
     root = found.sqrt_sigma if found.sqrt_sigma is not None else covariance_factor(found.stats)
     measured = FeatureReference(stats=found.stats, root=root)
-    digest = sha256(Path(reference))
+    same = found.header.get("preprocess") == Preprocess.parse(_preprocess(protocol, reference=True)).id
+    digest = (found.header.get("source") if same else "") or sha256(Path(reference))
     return Instruments(protocol=protocol, extractor=extractor, reference=measured, reference_sha256=digest, clip=scorer)
 
 
@@ -248,7 +253,7 @@ def _key(
     timed = None if subject.stored is not None else {"device": str(subject.device), "repeats": repeats}
     return {
         "model": subject.name,
-        "images": source_hash(images.files),
+        "images": images.source,
         "generation": made,
         "cost": timed,
         "prompts": prompts_hash(prompts),

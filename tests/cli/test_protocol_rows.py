@@ -121,14 +121,14 @@ def test_a_kept_row_of_a_pipeline_is_not_timed_again(world: World, unconditional
     assert read_rows(world.folder / "before.json") == read_rows(world.folder / "after.json")
 
 
-@pytest.mark.parametrize("what", ["reference", "protocol"])
+@pytest.mark.parametrize("what", ["image", "reference", "protocol"])
 def test_a_kept_row_of_other_images_reference_or_protocol_is_measured_again(world: World, what: str) -> None:
     mine = write_pictures(world.folder / "mine", seed=1)
     assert main(world.words(mine, out="before.json")) == 0
     if what == "protocol":
         world.protocol(neighbours=2)
     else:
-        write_pictures(world.folder / "new", 1, seed=2, side=9)
+        write_pictures(world.folder / "new", 1, seed=2)
         (world.folder / "new" / "000000.png").replace((mine if what == "image" else world.folder / "real") / "000000.png")
     assert main(world.words(mine, out="after.json")) == 0
     before, after = (read_rows(world.folder / f"{name}.json")[0] for name in ("before", "after"))
@@ -136,3 +136,16 @@ def test_a_kept_row_of_other_images_reference_or_protocol_is_measured_again(worl
     assert before[changed] != after[changed]
     if what == "protocol":
         assert before["fd"] == after["fd"]
+
+
+def test_a_folder_and_the_statistics_of_it_are_one_reference(world: World, tmp_path: Path) -> None:
+    mine = write_pictures(tmp_path / "mine", seed=1)
+    words = ["eval", "stats", str(tmp_path / "real"), f"--protocol={tmp_path / 'mine.toml'}", "--workers", "0"]
+    assert main([*words, f"--output={tmp_path / 'real.npz'}"]) == 0
+    assert main(world.words(mine)) == 0
+    assert main([*world.words(mine, out="of_file.json"), f"--reference={tmp_path / 'real.npz'}"]) == 0
+    of_folder, of_file = (json.loads((tmp_path / name).read_text()) for name in ("out.json", "of_file.json"))
+    assert of_folder["protocol"] == of_file["protocol"]
+    assert of_file["rows"][0]["fd"] == pytest.approx(of_folder["rows"][0]["fd"], rel=1e-6)
+    assert "kid" not in of_file["rows"][0]  # the kept row of the folder was not taken for it
+    assert main(["eval", "compare", str(tmp_path / "of_file.json"), str(tmp_path / "out.json")]) == 0

@@ -29,14 +29,14 @@ from fastdiff.eval.kept import read_row, write_row
 from fastdiff.eval.preprocess import Preprocess
 from fastdiff.eval.protocol import Protocol
 from fastdiff.eval.reference import read_reference
-from fastdiff.eval.sanity import enforce, feature_gates, file_gates, image_gates
+from fastdiff.eval.sanity import enforce, feature_gates, file_gates, look_gates
 from fastdiff.eval.scores import FeatureReference, Scores, feature_scores
 from fastdiff.eval.stats import Stats
 from fastdiff.eval.subject import Subject, prompts_hash
 from fastdiff.eval.weights import sha256, state_digest
 
 SHOWN = 64
-"""Images that are kept for a picture and looked at by the gates on pixels."""
+"""Images that are kept for a picture."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -215,10 +215,10 @@ def measure(
     key = {} if keep is None else _key(subject, prompts, images, instruments, groups, repeats)
     if keep is not None and (kept := read_row(keep, key, images=shown, prompts=list(prompts[: len(shown)]))):
         return Measured(result=kept[0], protocol=kept[1], kept=True)
-    findings = [*image_gates(shown), *file_gates(images.files)]
-    enforce(findings)
-    features = features_of_folder(images, instruments.extractor, workers=workers, batch_size=batch_size)
-    findings += feature_gates(features)
+    seen: list[Tensor] = []
+    features = features_of_folder(images, instruments.extractor, workers=workers, batch_size=batch_size, looked=seen.append)
+    findings = [*look_gates(torch.cat(seen)), *file_gates(images.files), *feature_gates(features)]
+    warnings = tuple(enforce(findings))
     scores = _scores(features, images, prompts, instruments, groups, workers=workers, batch_size=batch_size)
     cost = dict(Generation.open(folder).known if subject.stored is None else subject.known)
     if subject.stored is None and repeats:
@@ -230,7 +230,7 @@ def measure(
         metrics=scores.values,
         groups=scores.groups,
         features=scores.features,
-        warnings=tuple(enforce(findings)),
+        warnings=warnings,
         steps=subject.steps,
         guidance_scale=subject.guidance_scale,
         images=shown,

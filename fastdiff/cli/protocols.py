@@ -32,6 +32,14 @@ class Scoring:
     """Weights of the protocol's extractor; without it FASTDIFF_WEIGHTS and the cache are looked through."""
     clip: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of the protocol's CLIP model, as open_clip saves it, for a CLIP score; without it there is none."""
+    inception_score: bool = False
+    """Inception score, by the protocol's splits or 10; of the Inception extractor only."""
+    sfid: bool = False
+    """Frechet distance of spatial features, a second pass; of the Inception extractor only."""
+    cmmd: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """CMMD by the CLIP model in this folder, of open_clip or transformers; the reference must be a folder."""
+    training: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of the training images: the share of copies of them, by nearest neighbours."""
     images: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/images")
     """Where generated images are kept, a folder a row, and each finished row as NAME.row.json; a later run goes on there."""
     batch_size: int = 16
@@ -95,7 +103,8 @@ def protocol_rows(
     """
     from tqdm import tqdm
 
-    from fastdiff.eval.measure import measure, open_instruments
+    from fastdiff.eval.instruments import Wanted, open_instruments
+    from fastdiff.eval.measure import measure
     from fastdiff.eval.protocol import Protocol, comparable
 
     protocol = Protocol.load(scoring.protocol)
@@ -103,16 +112,15 @@ def protocol_rows(
     n = len(asked)
     quiet()
     scale = protocol.guidance_scale if protocol.guidance_scale is not None else guidance_scale
+    wanted = Wanted(inception_score=scoring.inception_score, sfid=scoring.sfid, cmmd=scoring.cmmd, training=scoring.training)
     instruments = open_instruments(
-        protocol, reference=reference, weights=scoring.weights, clip=scoring.clip, workers=scoring.workers
+        protocol, reference=reference, weights=scoring.weights, clip=scoring.clip, wanted=wanted, workers=scoring.workers
     )
     rows = subjects(sources, [protocol.steps] if protocol.steps else steps, scale, device_of(device))
     for _, subject in rows:  # before the first image is drawn
         subject.check_prompts(asked)
     results: list[Result] = []
-    facts, done = {"seed": seed, "score": instruments.label}, protocol
-    if instruments.clip is not None:
-        facts |= {f"CLIP score: {key}": value for key, value in instruments.clip.conventions.items()}
+    facts, done = {"seed": seed, **instruments.facts}, protocol
     with tqdm(total=len(rows) * n, unit="img", dynamic_ncols=True) as bar:
         for name, subject in rows:
             bar.set_description_str(subject.name)

@@ -13,7 +13,8 @@ from fastdiff.eval.extractors import load_extractor
 from fastdiff.eval.frechet import frechet
 from fastdiff.eval.generate import generate
 from fastdiff.eval.images import ImageFolder
-from fastdiff.eval.measure import SHOWN, measure, open_extractor, open_instruments
+from fastdiff.eval.instruments import open_extractor, open_instruments
+from fastdiff.eval.measure import SHOWN, measure
 from fastdiff.eval.prdc import prdc
 from fastdiff.eval.protocol import Protocol
 from fastdiff.eval.reference import write_reference

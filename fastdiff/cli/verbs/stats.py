@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from fastdiff.eval.images import ImageFolder, features_of_folder
-    from fastdiff.eval.measure import open_extractor
+    from fastdiff.eval.instruments import open_extractor
     from fastdiff.eval.protocol import Protocol
     from fastdiff.eval.reference import write_reference
     from fastdiff.eval.stats import Stats

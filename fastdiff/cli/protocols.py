@@ -49,25 +49,34 @@ class Scoring:
 
 
 def subjects(
-    sources: Sequence[str], steps: Sequence[int] | None, guidance_scale: float | None, device: str
+    sources: Sequence[str],
+    steps: Sequence[int] | None,
+    guidance_scale: float | None,
+    device: str,
+    *,
+    resolution: int | None = None,
+    scheduler: str = "",
 ) -> "list[tuple[str, Subject]]":
     """A subject for each row, with the name of its folder: students bare, others at each number of ``steps``.
 
-    None leaves steps or guidance to the pipeline, whose call then gets none of it; the bundled teacher has 25 and 3.
+    None leaves steps or guidance to the pipeline, whose call then gets none of it; the bundled teacher has 25 and 3. All draw
+    images of ``resolution``. The ``scheduler`` is that of the others: a student's is part of what was trained.
     """
-    from fastdiff.eval.sources import image_folder, open_source
+    from fastdiff.eval.sources import image_folder, is_student, open_source
 
     found = []
     for source in sources:
         name = Path(source).name
-        if image_folder(source) or (Path(source) / "fastdiff.json").is_file():
+        if image_folder(source):
             found.append((name, open_source(source, device=device)))
-            continue
-        own_steps, own_scale = _OWN.get(source, (None, None))
-        scale = own_scale if guidance_scale is None else guidance_scale
-        for k in (own_steps,) if steps is None else steps:
-            subject = open_source(source, steps=k, guidance_scale=scale, device=device)
-            found.append((_folder_name(name, k, scale), subject))
+        elif is_student(source):
+            found.append((name, open_source(source, resolution=resolution, device=device)))
+        else:
+            own_steps, own_scale = _OWN.get(source, (None, None))
+            scale = own_scale if guidance_scale is None else guidance_scale
+            for k in (own_steps,) if steps is None else steps:
+                options: dict[str, Any] = {"steps": k, "guidance_scale": scale, "resolution": resolution, "scheduler": scheduler}
+                found.append((_folder_name(name, k, scale), open_source(source, **options, device=device)))
     if len({name for name, _ in found}) < len(found):
         raise UserError(f"two of {', '.join(sources)} have one name, and their images would share a folder: rename one.")
     return found
@@ -116,7 +125,8 @@ def protocol_rows(
     instruments = open_instruments(
         protocol, reference=reference, weights=scoring.weights, clip=scoring.clip, wanted=wanted, workers=scoring.workers
     )
-    rows = subjects(sources, [protocol.steps] if protocol.steps else steps, scale, device_of(device))
+    asked_steps, device = [protocol.steps] if protocol.steps else steps, device_of(device)
+    rows = subjects(sources, asked_steps, scale, device, resolution=protocol.resolution, scheduler=protocol.scheduler)
     for _, subject in rows:  # before the first image is drawn
         subject.check_prompts(asked)
     results: list[Result] = []

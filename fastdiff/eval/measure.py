@@ -142,7 +142,7 @@ def _done(instruments: Instruments, subject: Subject, folder: str | Path, seed: 
         **dict(zip(("clip_model", "clip_prefix", "clip_scale", "clip_clamp"), clip, strict=True)),
         "resolution": side,
         "output_range": "files of 8 bits, rounded",
-        "scheduler": "",
+        "scheduler": instruments.protocol.scheduler if subject.scheduler is None else subject.scheduler,
         "preprocess": instruments.extractor.preprocess.id,
         "patch_preprocess": "" if instruments.patch is None else instruments.protocol.patch_preprocess,
         "ddof": 1,

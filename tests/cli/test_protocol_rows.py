@@ -1,6 +1,7 @@
 """``fastdiff eval --protocol``: what is asked of the pipelines, what is kept of a row, and which scores it has."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
 from fastdiff.cli.main import main
+from fastdiff.eval.noise import generators
 from fastdiff.eval.report import read_rows
+from fastdiff.eval.sources import open_pipeline
 
 N = 6
 
@@ -149,3 +152,49 @@ def test_a_folder_and_the_statistics_of_it_are_one_reference(world: World, tmp_p
     assert of_file["rows"][0]["fd"] == pytest.approx(of_folder["rows"][0]["fd"], rel=1e-6)
     assert "kid" not in of_file["rows"][0]  # the kept row of the folder was not taken for it
     assert main(["eval", "compare", str(tmp_path / "of_file.json"), str(tmp_path / "out.json")]) == 0
+
+
+def test_the_resolution_and_the_scheduler_of_a_protocol_are_those_that_draw(
+    world: World, stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.protocol(n=2, resolution=48, scheduler="LCMScheduler", prompts="ours", steps=1)
+    (tmp_path / "prompts.txt").write_text("a zebra\na boot\n")
+    prompts = f"--prompts={tmp_path / 'prompts.txt'}"
+    assert main([*world.words(stranger), prompts]) == 0
+    drawn = tmp_path / "images" / f"{stranger.name}-1-own"
+    assert Image.open(drawn / "000000.png").size == (48, 48)
+    own = open_pipeline(stranger, scheduler="LCMScheduler")
+    own.set_progress_bar_config(disable=True)
+    want = own(
+        ["a zebra", "a boot"], num_inference_steps=1, height=48, width=48, generator=generators(0, range(2)), output_type="np"
+    )
+    found = np.stack([np.asarray(Image.open(drawn / f"{i:06d}.png")) for i in range(2)])
+    assert np.abs(found - want.images * 255).max() <= 0.501
+    assert main([*world.words(drawn, out="again.json"), prompts]) == 0
+    records = [json.loads((tmp_path / name).read_text())["protocol"] for name in ("out.json", "again.json")]
+    assert records[0] == records[1]
+    assert (records[0]["resolution"], records[0]["scheduler"]) == (48, "LCMScheduler")
+    world.protocol(n=2, resolution=50, prompts="ours", steps=1)
+    assert main([*world.words(stranger), prompts]) == 2
+    assert "images of 50 pixels cannot be made" in capsys.readouterr().err
+
+
+def test_a_pipeline_that_takes_no_size_must_have_that_of_the_protocol(
+    world: World, unconditional: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.protocol(n=2, resolution=8)
+    assert main(world.words(unconditional)) == 0
+    assert read_rows(world.folder / "out.json")[0]["n"] == 2
+    world.protocol(n=2, resolution=32)
+    assert main(world.words(unconditional)) == 2
+    assert "whose images are 8x8 and not of 32 pixels a side" in capsys.readouterr().err
+
+
+def test_a_student_keeps_its_scheduler_and_stands_beside_its_teacher(world: World, stranger: Path, tmp_path: Path) -> None:
+    student = shutil.copytree(stranger, tmp_path / "student")
+    (student / "fastdiff.json").write_text("{}")
+    world.protocol(n=2, scheduler="LCMScheduler", prompts="ours", steps=1)
+    (tmp_path / "prompts.txt").write_text("a zebra\na boot\n")
+    assert main([*world.words(stranger, student), f"--prompts={tmp_path / 'prompts.txt'}"]) == 0
+    assert [row["steps"] for row in read_rows(tmp_path / "out.json")] == [1, 50]
+    assert json.loads((tmp_path / "out.json").read_text())["protocol"]["scheduler"] == "LCMScheduler"

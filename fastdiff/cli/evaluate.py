@@ -187,12 +187,31 @@ def check(options: Options) -> tuple[dict[str, str], str | None]:
         raise UserError(f"no folder {names[0]}, and no verb of that name{hint}")
     if not names:
         raise UserError("no pipeline to evaluate; give one or more folders, hub ids, or `fashion`.")
+    _check_folders(names)
     students = [name for name in names if (Path(name) / "fastdiff.json").is_file()]
     teachers = [name for name in names if name not in students]
     if len(teachers) > 1:
         raise UserError(f"{' and '.join(teachers)} are no students of fastdiff; evaluate one teacher at a time.")
     short = len({Path(name).name for name in students}) == len(students)
     return {Path(name).name if short else name: name for name in students}, teachers[0] if teachers else None
+
+
+def _check_folders(names: Sequence[str]) -> None:
+    """Blame folders that are not there, unless the one name may be a hub id, and folders of images."""
+    folders = [name for name in names if Path(name).is_dir()]
+    gone = [name for name in names if name not in folders and "/" in name]
+    if gone and (len(names) - len(folders) > 1 or gone[0].count("/") != 1):
+        raise UserError(
+            f"there is no folder {gone[0]}. (A hub id is a teacher, too: without --protocol, evaluate one teacher at a time.)"
+        )
+    for name in folders:
+        if not (Path(name) / "fastdiff.json").is_file() and not (Path(name) / "model_index.json").is_file():
+            from fastdiff.eval.sources import image_folder
+
+            if image_folder(name):
+                raise UserError(
+                    f"{name} is a folder of images, whose scores need a protocol: give --protocol, such as clean, with --reference."
+                )
 
 
 def read_prompts_of(path: Path | None) -> list[str] | None:

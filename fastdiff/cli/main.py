@@ -44,7 +44,7 @@ def explain(error: Exception) -> str | None:
     """One line for what a user can cause and repair; None for everything else."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return text
+        return " ".join(error.command.split())
     if "No space left on device" in text or (isinstance(error, OSError) and error.errno in _DISK_FULL):
         return f"the disk is full ({text}); what was complete before is kept. Free some space or choose another --output."
     if isinstance(error, OSError):

@@ -3,6 +3,7 @@
 A student needs no further option: its folder knows its steps. A teacher takes its pipeline's own defaults unless told.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,18 @@ def check(options: Options) -> None:
         raise UserError(f"--output {options.output} does not end like an image file; use a name such as grid.png.")
 
 
+def check_student(pipeline: str, steps: int | None) -> None:
+    """Refuse other steps of a student that has one, which its scheduler makes whatever is asked for."""
+    note = Path(pipeline) / "fastdiff.json"
+    if steps in (None, 1) or not note.is_file():
+        return
+    if json.loads(note.read_text(encoding="utf-8")).get("num_inference_steps") == 1:
+        raise UserError(
+            f"{pipeline} is a student of one step, and --steps {steps} would change nothing: leave --steps out, or draw from its "
+            "teacher."
+        )
+
+
 def draw(pipeline: Any, options: Options) -> "Tensor":
     """The images [N, 3, H, W] of all prompts in order; image i's randomness depends on the seed and i alone."""
     import torch
@@ -80,6 +93,7 @@ def run(argv: Sequence[str]) -> int:
 
     chosen = parse(options, argv, command="sample", description="Draw images from a saved pipeline into a grid.")
     check(chosen)
+    check_student(chosen.pipeline, chosen.steps)
     from fastdiff.data.images import save_grid
     from fastdiff.files import aside
 

@@ -43,7 +43,8 @@ def test_without_words_it_is_the_default_method_on_the_bundled_teacher():
     assert (run.teacher, run.prompts, run.evaluate) == ("fashion", None, True)
     assert method.name() == DEFAULT_METHOD
     assert str(config.output_dir) == f"runs/{DEFAULT_METHOD}-fashion"
-    assert (measuring.num_images, measuring.teacher_steps, measuring.teacher_guidance_scale) == (None, (25, 1), 3.0)
+    assert (measuring.num_images, measuring.teacher_steps, measuring.teacher_guidance_scale) == (None, None, None)
+    assert measuring.rows_of_teacher == ((25, 1), 3.0)
 
 
 def test_the_default_output_is_named_after_method_and_teacher():

@@ -1,6 +1,8 @@
 """``fastdiff sample``: the picture, and nothing half-written."""
 
 import errno
+import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -63,3 +65,13 @@ def test_a_full_disk_leaves_the_old_picture_and_no_part_of_the_new(stranger, tmp
     assert "the disk is full" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
     assert output.read_bytes() == b"old"
+
+
+def test_steps_of_a_student_of_one_step_are_refused_and_its_own_is_not(stranger, tmp_path, capsys):
+    student = shutil.copytree(stranger, tmp_path / "student")
+    (student / "fastdiff.json").write_text(json.dumps({"num_inference_steps": 1}))
+    words = ["sample", str(student), "--prompt", "a zebra", "--num-images", "1", "--output", str(tmp_path / "grid.png")]
+    assert main([*words, "--steps", "4"]) == 2
+    assert "is a student of one step, and --steps 4 would change nothing" in capsys.readouterr().err
+    assert not (tmp_path / "grid.png").exists()
+    assert main([*words, "--steps", "1"]) == 0

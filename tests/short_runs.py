@@ -133,11 +133,14 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 @dataclass
 class Call:
-    """One network call: what went in, and the bytes kept for a backward pass that has not used them yet."""
+    """One network call: what went in, and the bytes kept for a backward pass that has not used them yet.
+
+    A generator (``Roles.generate``) has inputs of its own: neither x_t nor t nor cond.
+    """
 
     role: str
-    x_t: Tensor
-    t: Tensor
+    x_t: Tensor | None
+    t: Tensor | None
     cond: Any
     kept: dict[int, int] = field(default_factory=dict)
 
@@ -147,32 +150,33 @@ def listening(run: Trainer) -> Iterator[list[Call]]:
     """The network calls that roles make from now on."""
     calls: list[Call] = []
     number = itertools.count()
-    original = run._roles.network
+    network, generate = run._roles.network, run._roles.generate
 
-    def network(role: str) -> Any:
-        inner = original(role)
+    def heard(call: Call, function: Any, *inputs: Any) -> Tensor:
+        calls.append(call)
 
-        def forward(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-            call = Call(role, x_t.detach(), t, cond)
-            calls.append(call)
+        def pack(tensor: Tensor) -> tuple[int, Tensor]:
+            index = next(number)
+            call.kept[index] = tensor.nbytes
+            return index, tensor
 
-            def pack(tensor: Tensor) -> tuple[int, Tensor]:
-                index = next(number)
-                call.kept[index] = tensor.nbytes
-                return index, tensor
+        def unpack(packed: tuple[int, Tensor]) -> Tensor:
+            call.kept.pop(packed[0], None)
+            return packed[1]
 
-            def unpack(packed: tuple[int, Tensor]) -> Tensor:
-                call.kept.pop(packed[0], None)
-                return packed[1]
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return function(*inputs)
 
-            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-                return inner(x_t, t, cond)
+    def heard_network(role: str) -> Any:
+        inner = network(role)
+        return lambda x_t, t, cond: heard(Call(role, x_t.detach(), t, cond), inner, x_t, t, cond)
 
-        return forward
+    def heard_generator(role: str, *inputs: Any) -> Tensor:
+        return heard(Call(role, None, None, None), generate, role, *inputs)
 
-    run._roles.network = network
+    run._roles.network, run._roles.generate = heard_network, heard_generator
     yield calls
-    del run._roles.network
+    del run._roles.network, run._roles.generate
 
 
 class Joined(Draws):
@@ -239,6 +243,6 @@ def as_rank(index: int, world_size: int, folder: str) -> None:
                 found = gradients(run)
             run.advance()
             weights = torch.cat([p.detach().flatten() for role in run._optimizers for p in run._roles.parameters(role)])
-            inputs = torch.cat([call.x_t for call in calls])
+            inputs = torch.cat([call.x_t for call in calls if call.x_t is not None])
             torch.save({"gradients": found, "inputs": inputs, "weights": weights}, run.folder / f"rank-{index}.pt")
     torch.distributed.destroy_process_group()

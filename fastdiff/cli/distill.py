@@ -54,7 +54,8 @@ def run(argv: Sequence[str]) -> int:
         pipeline = trainer.train()
     if pipeline is None:  # a process of several that has nothing to save
         return 0
-    measured = _evaluated(trainer, pipeline, options.teacher, measuring) if options.evaluate else ([], None, {})
+    measures = options.evaluate and method.delivers == "pipeline"  # scenes make no image of a prompt
+    measured = _evaluated(trainer, pipeline, options.teacher, measuring) if measures else ([], None, {})
     report(trainer, *measured, command=shlex.join(["fastdiff", "distill", *argv]))
     return 0
 
@@ -96,4 +97,7 @@ def report(
         )
         grid_png(folder / "grid.png", {result.model: result.images for result in results}, results[0].prompts)
         print(f"picture  {folder / 'grid.png'}\nreport   {folder / 'report.html'}")
+    if trainer.method.delivers == "scenes":
+        print(f"scenes   {folder}, to look at from anywhere: fastdiff.models.scenes.load_scenes({str(folder)!r})")
+        return
     print(f'student  {folder}, for plain diffusers: DiffusionPipeline.from_pretrained("{folder}")(prompt).images[0]')

@@ -32,6 +32,8 @@ class Role:
     train: Literal["full", "lora", "module"]
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    """What Adam adds to the root of its second moment."""
     weight_decay: float = 0.0
     rank: int = 8
     lora_alpha: float = 8.0
@@ -153,6 +155,12 @@ class Roles:
             return call(x_t, t, cond)
 
         return lambda x_t, t, cond: self._watched(name, run(x_t, t, cond))
+
+    def generate(self, name: str, *inputs: Any) -> Tensor:
+        """A ``module`` role called with inputs of its own; the ledger counts the samples that it puts out."""
+        output: Tensor = self.modules[name](*inputs)
+        self.ledger[name] += len(output)
+        return self._watched(name, output)
 
     def _watched(self, name: str, output: Tensor) -> Tensor:
         """Counts the gradient that comes back through ``output``."""

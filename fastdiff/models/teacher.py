@@ -93,7 +93,8 @@ class Teacher:
             prompts: what to train on; class labels as text unless ``encode`` is given.
             law: a closed form that answers for the teacher; ``module`` then only starts the students. Same process and shape.
             options: ``encode`` (prompts to a condition), ``decode`` (samples to images), ``lora_targets`` (all linear layers),
-                ``call(module, x_t, network_time, cond)``.
+                ``call(module, x_t, network_time, cond)``, ``time_embedding`` (the name of the layer that puts out the embedded time
+                [B, D], and D: where a method that has cameras adds theirs).
         """
         return cls(Module(module, process, prediction_type, shape, **options), name=name, prompts=prompts, law=law)
 

@@ -20,7 +20,6 @@ from fastdiff.diffusion.gaussian import Gaussian
 from fastdiff.diffusion.process import LEVELS
 from fastdiff.diffusion.reference import reference_flow_map
 from fastdiff.eval.distributions import covariance_error, gaussian_w2, mode_masses, sliced_w2
-from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof.exactness import Setting, sample_gradients
 from fastdiff.proof.laws import LAWS, draw_labels, teacher
 from fastdiff.trainers.config import Config
@@ -128,15 +127,13 @@ def _certify(method: Method, name: str, trial: Trial, seed: int) -> list[Row]:
         )
         network = Trainer(method, oracle, config=config).train().cpu()
         oracle.family.to("cpu")  # wherever it was trained, laws and draws are there
-    student = Denoiser(oracle.family.network(network), oracle.process, oracle.prediction_type)
     generator = generator_for(seed, "certificate", law)
     n = LAWS[law].samples
     labels = draw_labels(exact, n, generator)
     noise = torch.randn(n, *exact.shape, generator=generator)
     with torch.no_grad():
-        drawn, plain = (
-            Drawn(method.sample(network, noise, labels, generator), labels, noise) for network in (student, oracle.denoiser)
-        )
+        drawn = Drawn(method.draw(network, oracle, noise, labels, generator), labels, noise)
+        plain = Drawn(method.sample(oracle.denoiser, noise, labels, generator), labels, noise)
     fresh = Drawn(exact.sample(n, generator, labels), labels, noise)
     reference = exact.sample(n, generator, labels)
     seconds = time.perf_counter() - clock

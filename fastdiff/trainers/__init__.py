@@ -5,11 +5,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.ode_pairs import ODEPairs
+    from fastdiff.trainers.prolific_dreamer import ProlificDreamer
     from fastdiff.trainers.swiftbrush import SwiftBrush
     from fastdiff.trainers.tdm import TDM
 
-__all__ = ["DMD2", "TDM", "ODEPairs", "SwiftBrush"]
-_HOMES = {"DMD2": "dmd2", "ODEPairs": "ode_pairs", "SwiftBrush": "swiftbrush", "TDM": "tdm"}
+__all__ = [
+    "DMD2",
+    "TDM",
+    "ODEPairs",
+    "ProlificDreamer",
+    "SwiftBrush",
+]
+_HOMES = {
+    "DMD2": "dmd2",
+    "ODEPairs": "ode_pairs",
+    "ProlificDreamer": "prolific_dreamer",
+    "SwiftBrush": "swiftbrush",
+    "TDM": "tdm",
+}
 
 
 def __getattr__(name: str) -> Any:

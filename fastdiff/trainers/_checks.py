@@ -13,12 +13,8 @@ from fastdiff.trainers.method import Method
 
 def checks(method: Method, teacher: Teacher) -> list[Callable[[], None]]:
     """What method and teacher must pass together; each raises a UserError that says why it does not."""
-    return [
-        lambda: check_precision(teacher),
-        lambda: check_exportable(teacher),
-        lambda: check_steps(method, teacher),
-        lambda: method.validate(teacher),
-    ]
+    samples = [lambda: check_exportable(teacher), lambda: check_steps(method, teacher)] if method.delivers == "pipeline" else []
+    return [lambda: check_precision(teacher), *samples, lambda: method.validate(teacher)]
 
 
 def check_precision(teacher: Teacher) -> None:

@@ -190,8 +190,7 @@ def plan(
     kinds = Counter(run[: config.max_steps])
     samples = config.batch_size * config.accumulation * gpus
     calls = total((method.calls(kind), count) for kind, count in kinds.items())
-    exportable = not (_refusal(lambda: check_exportable(teacher)) or _refusal(lambda: check_steps(method, teacher)))
-    export = _export(method, teacher) if exportable else {}
+    export = _export(method, teacher)
     return Plan(
         method=method.name(),
         teacher=teacher.name,
@@ -350,6 +349,10 @@ def _stretch(method: Method, run: Sequence[tuple[str, ...]]) -> Stretch:
 
 
 def _export(method: Method, teacher: Teacher) -> dict[str, Any]:
+    if method.delivers == "scenes":
+        return {"class": None, "file": "scenes.safetensors"}
+    if _refusal(lambda: check_exportable(teacher)) or _refusal(lambda: check_steps(method, teacher)):
+        return {}
     if teacher.pipeline is None:
         return {"class": None, "file": "student.safetensors"}
     schedule = method.schedule(teacher)

@@ -25,24 +25,22 @@ from torch import Tensor, nn
 from fastdiff.data.images import save_grid
 from fastdiff.data.prompts import PromptTable, cycled, read_prompts
 from fastdiff.errors import UserError
-from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.pipelines.export import export_student
 from fastdiff.trainers import checkpoint
 from fastdiff.trainers._checks import check_folder, checks
 from fastdiff.trainers.config import FREE_ON_RESUME, Config
 from fastdiff.trainers.draws import Draws, generator_for
 from fastdiff.trainers.health import Health
 from fastdiff.trainers.log import Log
-from fastdiff.trainers.method import Batch, Method, Preparation
+from fastdiff.trainers.method import Batch, Finished, Method, Preparation
 
 _SHOWN = 16
 
 
 def optimizer_of(role: Role, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser that trains a role."""
-    return torch.optim.AdamW(parameters, lr=role.lr, betas=role.betas, weight_decay=role.weight_decay)
+    return torch.optim.AdamW(parameters, lr=role.lr, betas=role.betas, eps=role.eps, weight_decay=role.weight_decay)
 
 
 class Trainer:
@@ -305,17 +303,12 @@ class Trainer:
         return [self.prompts.prompts[i] for i in index.tolist()], noise.to(self.accelerator.device)
 
     @torch.no_grad()
-    def _images(self, student: Denoiser, n: int) -> tuple[list[str], Tensor, Tensor]:
-        prompts, noise = self._fixed(n)
-        return prompts, noise, self.teacher.decode(self._sample(student, noise, self.teacher.encode(prompts)))
-
-    def _sample(self, student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
-        """The method's samples; each one's fresh noise, where its sampler needs any, is of its own seed."""
-        return self.method.sample(student, noise, cond, [torch.Generator().manual_seed(i) for i in range(len(noise))])
+    def _preview(self) -> Tensor:
+        return self.method.preview(self._roles, *self._fixed(_SHOWN))
 
     def _validate(self) -> None:
         if self.accelerator.is_main_process:
-            images = self._with_ema(lambda: self._images(self._roles.denoiser("student"), _SHOWN)[2])
+            images = self._with_ema(self._preview)
             self._show(images, f"step-{self._step:08d}.png")
 
     def _show(self, images: Tensor, name: str) -> None:
@@ -326,9 +319,6 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return None
         network = self._with_ema(lambda: self._roles.merged("student"))
-        student = Denoiser(self.teacher.family.network(network), self.teacher.process, self.teacher.prediction_type)
-        prompts, noise, expected = self._images(student, _SHOWN)
-        self._show(expected, "final.png")
         note = {
             "method": self.method.name(),
             "teacher": self.teacher.name,
@@ -339,12 +329,10 @@ class Trainer:
         }
         self._roles.close()
         self._log.close_bar()
-        schedule = self.method.schedule(self.teacher)
-        pipeline, difference = export_student(
-            self.teacher, network, self.folder, note, schedule, prompts, noise, expected, self._sample
-        )
-        reader = "plain diffusers" if self.teacher.pipeline is not None else "a reloaded network"
-        self._log.say(f"exported to {self.folder}; {reader} differs from the trainer by {difference:.1e} at most")
+        delivered = self.method.deliver(Finished(self.teacher, network, self.folder, note, *self._fixed(_SHOWN)))
+        self._show(delivered.images, "final.png")
+        difference = delivered.difference
+        self._log.say(f"exported to {self.folder}; {delivered.reader} differs from the trainer by {difference:.1e} at most")
         self.result = {
             "method": self.method.name(),
             "teacher": self.teacher.name,
@@ -355,4 +343,4 @@ class Trainer:
             "bad_updates": self._health.total,
             "network_samples": dict(self._roles.ledger),
         }
-        return pipeline
+        return delivered.product

@@ -18,10 +18,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.data.prompts import PromptTable
 from fastdiff.diffusion.process import LEVELS
@@ -30,9 +30,9 @@ from fastdiff.models.condition import repeat
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.pipelines.export import Schedule
+from fastdiff.pipelines.export import Schedule, export_student
 from fastdiff.trainers.draws import Draws
-from fastdiff.trainers.trajectory import Generators, Sampler, trajectory
+from fastdiff.trainers.trajectory import Generators, Sampler, own_generators, trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +133,34 @@ class Prepared:
     """Network calls of each role, in samples."""
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What ``Method.deliver`` gets: the trained network of the student and where its product goes."""
+
+    teacher: Teacher
+    network: nn.Module
+    folder: Path
+    note: Mapping[str, Any]
+    """For ``fastdiff.json``."""
+    prompts: list[str]
+    noise: Tensor
+    """Prompts and noise for the samples by which what was written is compared with what was trained."""
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """What the end of a training wrote and verified."""
+
+    product: Any
+    """What ``Trainer.train`` returns."""
+    images: Tensor
+    """The trained student's, shown as ``validation/final.png``."""
+    reader: str
+    """Who read back what was written."""
+    difference: float
+    """Largest difference between those images and the reader's."""
+
+
 @dataclass(kw_only=True)
 class Method(ABC):
     """A distillation algorithm; see the module docstring."""
@@ -145,6 +173,8 @@ class Method(ABC):
     are subtracted, rounding shows."""
     sampler: ClassVar[Sampler] = "ddim"
     """How the student goes from one level to the next: deterministically, or by noising x0 anew ("consistency")."""
+    delivers: ClassVar[Literal["pipeline", "scenes"]] = "pipeline"
+    """What a training ends with: a network that samples, or the particles of ``fastdiff.models.scenes``."""
     fixed_point: ClassVar[str] = ""
     """The update whose gradient is zero where the student has the teacher's law and all scores are exact and unguided."""
     fixed_point_fields: ClassVar[Mapping[str, Any]] = {}
@@ -225,6 +255,31 @@ class Method(ABC):
             generators: where a stochastic sampler draws its noise, one or one a sample; not needed for one step.
         """
         return trajectory(student, noise, cond, self.levels(), self.sampler, generators)[-1].x0
+
+    def preview(self, roles: Roles, prompts: list[str], noise: Tensor) -> Tensor:
+        """Images of the student in the middle of a training."""
+        cond = roles.teacher.encode(prompts)
+        return roles.teacher.decode(self.sample(roles.denoiser("student"), noise, cond, own_generators(len(noise))))
+
+    def draw(self, network: nn.Module, teacher: Teacher, noise: Tensor, cond: Any, generators: Generators = None) -> Tensor:
+        """Samples of a trained student, one a noise."""
+        student = Denoiser(teacher.family.network(network), teacher.process, teacher.prediction_type)
+        return self.sample(student, noise, cond, generators)
+
+    def deliver(self, finished: Finished) -> Delivered:
+        """Write what the training was for, read it back and compare."""
+        teacher, network, prompts, noise = finished.teacher, finished.network, finished.prompts, finished.noise
+        with torch.no_grad():
+            images = teacher.decode(self.draw(network, teacher, noise, teacher.encode(prompts), own_generators(len(noise))))
+
+        def sample(student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
+            return self.sample(student, noise, cond, own_generators(len(noise)))
+
+        product, difference = export_student(
+            teacher, network, finished.folder, finished.note, self.schedule(teacher), prompts, noise, images, sample
+        )
+        reader = "plain diffusers" if teacher.pipeline is not None else "a reloaded network"
+        return Delivered(product, images, reader, difference)
 
 
 def one_step(student: Denoiser, noise: Tensor, cond: Any) -> Tensor:

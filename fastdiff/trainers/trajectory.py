@@ -50,6 +50,11 @@ def trajectory(
     return found
 
 
+def own_generators(n: int) -> list[torch.Generator]:
+    """Generators of ``n`` samples, the i-th with seed i: what an export is compared by."""
+    return [torch.Generator().manual_seed(i) for i in range(n)]
+
+
 def _time(process: Any, level: int, n: int, device: torch.device) -> Tensor:
     time: Tensor = process.at_level(torch.tensor(level)).to(device)
     return time.expand(n)

@@ -38,6 +38,7 @@ from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.process import EDM, NoiseProcess, RectifiedFlow, TrigFlow
 from fastdiff.errors import UserError
 from fastdiff.models.mlp import TimeMLP
+from fastdiff.models.scenes import load_scenes
 from fastdiff.models.teacher import Teacher
 from fastdiff.proof import laws
 from fastdiff.proof.certify import METRICS
@@ -188,8 +189,9 @@ def test_times_are_those_that_the_method_declares_and_the_process_has(
             assert by_sample or (first, last) == (low, high), name
         process = run.teacher.process
         first, last = (process.network_time(torch.tensor(int(t))) for t in (process.t_min, process.t_max))
-        assert calls
-        for call in calls:
+        timed = [call for call in calls if call.t is not None]
+        assert timed
+        for call in timed:
             assert call.t.shape == call.x_t.shape[:1] == call.cond.shape[:1]
             assert ((call.t >= first) & (call.t <= last)).all()
 
@@ -287,7 +289,8 @@ def test_bf16_autocast_stays_near_float32(method: Method, tmp_path: Path, precis
     for key, exact in terms["no"].items():
         assert terms["bf16"][key].dtype == torch.float32
         assert abs(terms["bf16"][key] - exact) <= of_terms * abs(exact), key
-    assert any(terms["bf16"][key] != exact for key, exact in terms["no"].items())
+    for update in {key.rsplit(" ", 1)[0] for key in terms["no"]}:  # a term of a renderer alone, kept out of autocast, is the same
+        assert any(terms["bf16"][key] != exact for key, exact in terms["no"].items() if key.startswith(update)), update
     for key, gradient in found["no"].items():
         assert 0 < distance(found["bf16"][key], gradient) <= of_gradients, key
 
@@ -295,7 +298,11 @@ def test_bf16_autocast_stays_near_float32(method: Method, tmp_path: Path, precis
 # --- export
 
 
-@each_method
+PIPELINES = [kind for kind in METHODS if kind.delivers == "pipeline"]
+SCENES = [kind for kind in METHODS if kind.delivers == "scenes"]
+
+
+@pytest.mark.parametrize("kind", PIPELINES, ids=[kind.name() for kind in PIPELINES])
 def test_the_exported_folder_repeats_the_student_by_a_bare_call_of_plain_diffusers(kind: type[Method], tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
 
@@ -308,6 +315,18 @@ def test_the_exported_folder_repeats_the_student_by_a_bare_call_of_plain_diffuse
     pipeline.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
     pipeline("a red boot on a white background")
     assert calls == [1] * len(run.method.levels())
+
+
+@pytest.mark.parametrize("kind", SCENES, ids=[kind.name() for kind in SCENES])
+def test_the_delivered_scenes_show_what_the_trained_ones_showed(kind: type[Method], tmp_path: Path) -> None:
+    for key, variant in variants_of(kind).items():
+        run = trainer(dataclasses.replace(variant), tmp_path / key, max_steps=2)
+        trained = run.train()
+        assert run.result["export_max_abs_diff"] == 0
+        read = load_scenes(tmp_path / key)
+        assert read.state_dict().keys() == trained.state_dict().keys()
+        assert all(torch.equal(value, read.state_dict()[name]) for name, value in trained.state_dict().items())
+        assert (tmp_path / key / "turntable.gif").exists() == bool(read.geometry)
 
 
 # --- fields

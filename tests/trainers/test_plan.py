@@ -136,7 +136,7 @@ def test_losses_draw_the_declared_times_and_call_the_student_at_the_declared_ste
     handle = module.register_forward_pre_hook(lambda _, inputs: students.update(inputs[1].tolist()))
     for step in range(2):
         run._iteration(step)
-    run._images(run._roles.denoiser("student"), 2)
+    run._preview()
     handle.remove()
     assert drawn == plan.noise_range
     assert sorted(students) == plan.timesteps

@@ -58,6 +58,14 @@ class Family(ABC):
         """The module of a backbone whose output discriminators look at."""
         raise NotImplementedError(f"{type(self).__name__} has no bottleneck for a discriminator.")
 
+    def time_embedding(self, backbone: nn.Module) -> tuple[nn.Module, int]:
+        """The layer of a backbone that puts out the embedded time [B, D], and D.
+
+        Raises:
+            NotImplementedError: this family names none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names no layer that puts out the embedded time.")
+
     def networks(self) -> list[nn.Module]:
         """Every network that has a part in what the teacher makes of a prompt."""
         if self.pipeline is None:

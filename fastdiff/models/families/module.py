@@ -32,11 +32,13 @@ class Module(Family):
         decode: Callable[[Tensor], Tensor] | None = None,
         lora_targets: Sequence[str] = (),
         call: Callable[[nn.Module, Tensor, Tensor, Any], Tensor] | None = None,
+        time_embedding: tuple[str, int] | None = None,
     ) -> None:
         self.module, self._process, self._shape = module, (process, prediction_type), tuple(shape)
         if prediction_type not in PREDICTION_TYPES:
             raise UserError(f"prediction_type is {prediction_type!r}: expected one of {', '.join(PREDICTION_TYPES)}.")
         self._encode, self._decode, self._call = encode, decode, call
+        self._time_embedding = time_embedding
         self.lora_targets = tuple(lora_targets) or _linear_layers(module)
 
     @property
@@ -55,6 +57,12 @@ class Module(Family):
             return backbone
         call = self._call
         return lambda x_t, t, cond: call(backbone, x_t, t, cond)
+
+    def time_embedding(self, backbone: nn.Module) -> tuple[nn.Module, int]:
+        if self._time_embedding is None:
+            return super().time_embedding(backbone)
+        name, width = self._time_embedding
+        return backbone.get_submodule(name), width
 
     def encode(self, prompts: list[str]) -> Any:
         if self._encode is not None:

@@ -50,6 +50,10 @@ class StableDiffusion(Family):
         module: nn.Module = backbone.mid_block  # type: ignore[assignment]
         return module
 
+    def time_embedding(self, backbone: nn.Module) -> tuple[nn.Module, int]:
+        layer: Any = backbone.time_embedding
+        return layer, int(layer.linear_2.out_features)
+
     def head(self) -> nn.Module:
         config = self.pipeline.unet.config
         size = int(config.sample_size) // 2 ** (len(config.block_out_channels) - 1)

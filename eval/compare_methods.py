@@ -1,4 +1,4 @@
-"""Train candidates under the same conditions and write one row a run: how the default of `fastdiff distill` was settled.
+"""Train candidates under the same conditions and write one row a run: the tables of the methods, and how the default was settled.
 
 A YAML file names the candidates; each value holds `method` and any fields of the method or options of the engine:
 
@@ -15,12 +15,13 @@ from typing import Any
 import tyro
 import yaml
 
+import fastdiff.trainers
 from fastdiff import Teacher, Trainer
+from fastdiff.eval.diversity import prompt_diversity
 from fastdiff.eval.fashion import fashion_rows
-from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush
 from fastdiff.trainers.config import Config
 
-METHODS: dict[str, Any] = {method.name(): method for method in (ODEPairs, SwiftBrush, DMD2)}
+METHODS: dict[str, Any] = {method.name(): method for method in (getattr(fastdiff.trainers, n) for n in fastdiff.trainers.__all__)}
 COLUMNS = [
     "candidate",
     "seed",
@@ -31,6 +32,7 @@ COLUMNS = [
     "attributes",
     "attributes_se",
     "clip",
+    "diversity",
     "nfe",
     "settings",
 ]
@@ -44,6 +46,12 @@ def train(settings: dict, seed: int, folder: Path) -> tuple[object, dict]:
     config = Config.of(**rest, output_dir=folder, seed=seed, save_every=10**6, validate_every=0)
     trainer = Trainer(method(**own), Teacher.from_pretrained("fashion"), config=config)
     return trainer.train(), trainer.result
+
+
+def diversity(result: Any) -> float:
+    """Mean feature distance of images of the same prompt, over the prompts that were drawn twice or more."""
+    rows = [i for i, prompt in enumerate(result.prompts) if result.prompts.count(prompt) > 1]
+    return prompt_diversity(result.features[rows], [result.prompts[i] for i in rows]).value
 
 
 def main(
@@ -62,7 +70,8 @@ def main(
         for name, settings in yaml.safe_load(candidates.read_text()).items():
             for seed in seeds if not only or name in only else ():
                 pipeline, result = train(settings, seed, runs / f"{name}-{seed}")
-                row = fashion_rows({name: pipeline}, None, n=n)[0].row()
+                evaluated = fashion_rows({name: pipeline}, None, n=n)[0]
+                row = {**evaluated.row(), "diversity": diversity(evaluated)}
                 row |= {"candidate": name, "settings": settings, **{k: result[k] for k in ("seed", "steps", "seconds_train")}}
                 writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
                 file.flush()

@@ -55,6 +55,9 @@ class PairedMethod(Method):
         """Whether pairs are needed at all."""
         return True
 
+    def teacher_guidance(self) -> float:
+        return float(getattr(self, "guidance_scale", self.pair_guidance_scale))
+
     def prepare(self, preparation: Preparation) -> None:
         self._pairs = load_or_make_pairs(self, preparation) if self.regresses() else None
 

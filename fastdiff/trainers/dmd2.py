@@ -193,6 +193,11 @@ class DMD2(PairedMethod):
                 for fake, own in zip(roles.parameters("fake_score"), roles.parameters("student"), strict=True):
                     fake.lerp_(own, self.pull)
 
+    def signals(self, terms: Mapping[str, float]) -> dict[str, float]:
+        if "discriminator" not in terms or self.discriminator_weight == 0:
+            return {}
+        return {"discriminator_loss": terms["discriminator"] / self.discriminator_weight}
+
     def _student_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         x, cond = self._generate(batch, roles)
         t, eps = self.times("student_t", batch), batch.noise("student_eps")

@@ -34,6 +34,7 @@ from fastdiff.trainers.draws import Draws, generator_for
 from fastdiff.trainers.health import Health
 from fastdiff.trainers.log import Log
 from fastdiff.trainers.method import Batch, Finished, Method, Preparation
+from fastdiff.trainers.monitors import Monitor
 
 _SHOWN = 16
 
@@ -108,6 +109,7 @@ class Trainer:
         self._ema = EMAModel(student, decay=decay, use_ema_warmup=True, power=0.75, foreach=True) if decay else None
         self._health = Health(self.config.max_bad_steps)
         self._log = Log(self.folder, self.accelerator, total=self.config.max_steps, every=self.config.log_every)
+        self._monitor = Monitor(self.method, self._roles, *self._fixed(_SHOWN))
         self._step, self._seconds = 0, 0.0
         if self.config.resume:
             self._resume(checkpoint.latest(self.folder / "checkpoints"))
@@ -310,6 +312,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             images = self._with_ema(self._preview)
             self._show(images, f"step-{self._step:08d}.png")
+            if self.method.delivers == "pipeline":
+                signals, advice = self._monitor.look(self._log.latest(), self._health.share)
+                self._log.note({f"health/{name}": value for name, value in signals.items()})
+                for text in advice:
+                    self._log.say(f"step {self._step}: {text}")
 
     def _show(self, images: Tensor, name: str) -> None:
         if images.ndim == 4 and images.shape[1] in {1, 3}:  # what a teacher decodes to need not be pictures
@@ -341,6 +348,7 @@ class Trainer:
             "seconds_train": round(self._seconds, 2),
             "export_max_abs_diff": difference,
             "bad_updates": self._health.total,
+            "warnings": self._monitor.warnings,
             "network_samples": dict(self._roles.ledger),
         }
         return delivered.product

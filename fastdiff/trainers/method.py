@@ -256,6 +256,15 @@ class Method(ABC):
         """
         return trajectory(student, noise, cond, self.levels(), self.sampler, generators)[-1].x0
 
+    def teacher_guidance(self) -> float:
+        """The guidance scale of the teacher that the student is to equal."""
+        return float(getattr(self, "guidance_scale", 1.0))
+
+    def signals(self, terms: Mapping[str, float]) -> dict[str, float]:
+        """Signals of ``monitors`` that the latest loss terms tell."""
+        del terms
+        return {}
+
     def preview(self, roles: Roles, prompts: list[str], noise: Tensor) -> Tensor:
         """Images of the student in the middle of a training."""
         cond = roles.teacher.encode(prompts)

@@ -22,6 +22,7 @@ from fastdiff.models.tokenizers import add_slow_files
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
 
 TOLERANCE = 1e-5
+NEGATIVE = "negative_prompt.py"  # the copy of pipelines/negative.py in a folder
 
 _CHILD = """
 import json, sys
@@ -50,6 +51,14 @@ A {method} student of `{teacher}`, trained with fastdiff {version}: one network 
 ```python
 from diffusers import DiffusionPipeline
 DiffusionPipeline.from_pretrained("path/to/this/folder")("{prompt}").images[0]
+```
+
+A negative prompt, still in one network call (NASA or NAG in the cross attention; the file needs torch and diffusers alone):
+
+```python
+folder = "path/to/this/folder"
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=f"{{folder}}/{negative}", trust_remote_code=True)
+pipeline("{prompt}", negative_prompt="red", nasa_scale=0.1).images[0]
 ```
 
 `scheduler/` is configured so that the bare call makes exactly one step (`num_inference_steps` up to 50 changes nothing). It is
@@ -168,7 +177,8 @@ def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mappi
             teacher.pipeline.scheduler.config, original_inference_steps=1, timestep_spacing="leading"
         )
         schedule.save_pretrained(aside / "scheduler_lcm")
-        card = _CARD.format(method=note["method"], teacher=teacher.name, version=__version__, prompt=prompt)
+        card = _CARD.format(method=note["method"], teacher=teacher.name, version=__version__, prompt=prompt, negative=NEGATIVE)
+        shutil.copyfile(Path(__file__).with_name("negative.py"), aside / NEGATIVE)
         (aside / "README.md").write_text(card, encoding="utf-8")
         (aside / "fastdiff.json").write_text(json.dumps(dict(note), indent=2) + "\n", encoding="utf-8")
         (folder / "model_index.json").unlink(missing_ok=True)

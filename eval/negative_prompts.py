@@ -1,15 +1,17 @@
 """What a negative prompt takes away from a one-step student of the bundled world, and what it leaves.
 
-The bundled captions name everything, so one word is replaced by a full stop, a token that no caption has: `a . boot on a white
-background` draws boots of every colour. The negative prompt names what the student drew for it unasked (``seen``), as a word or
-as the whole caption, or something else (``other``, the control). Image i has the same noise everywhere. ``present``: share of
-images that show what the student drew unasked, 1 without steering; ``kept``: share whose two named attributes are right.
+The bundled captions name everything, so one word is left out: a full stop in its place (a token that no caption has), or nothing.
+The negative prompt names what the student drew there unasked (``seen``) or something else (``other``, the control), as a word or
+as the whole caption with that word. Image i has the same noise everywhere. Columns: ``seen``, the share of images that show what
+was drawn unasked, 1 without steering; ``negated``, that show what the negative prompt names; ``kept``, whose two named attributes
+are right.
 
-python eval/negative_prompts.py runs/student --output docs/results/negative_prompts.csv
+python eval/negative_prompts.py runs/student --left-out stop --output docs/results/negative_prompts.csv
 """
 
 import csv
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -26,20 +28,28 @@ from fastdiff.files import aside
 from fastdiff.pipelines.negative import draw, steering
 
 NAMES = {"garment": GARMENTS, "foreground": tuple(COLOURS), "background": tuple(COLOURS)}
-SETTINGS = [("nasa", scale) for scale in (0.0, 0.1, 0.2, 0.5, 1.0)] + [("nag", scale) for scale in (2.0, 5.0, 10.0)]
+SETTINGS = [("nasa", 0.1), ("nasa", 0.2), ("nasa", 0.5), ("nasa", 1.0), ("nag", 5.0)]
+NEGATIVES = [("seen", "word"), ("seen", "caption"), ("other", "word"), ("other", "caption")]
 
 
-def left_out(asked: Attributes, column: int) -> str:
-    """The caption with a full stop for its garment (0), foreground (1) or background (2)."""
+def caption(asked: Attributes, column: int, word: str) -> str:
+    """The caption with ``word`` for its garment (0), foreground (1) or background (2); an empty one leaves no gap."""
     words = [GARMENTS[asked.garment], *(tuple(COLOURS)[k] for k in (asked.foreground, asked.background))]
-    words[column] = "."
-    return TEMPLATE.format(garment=words[0], foreground=words[1], background=words[2])
+    words[column] = word
+    return " ".join(TEMPLATE.format(garment=words[0], foreground=words[1], background=words[2]).split())
 
 
-def main(folder: tyro.conf.Positional[Path], output: Path, n: int = 1120, seed: int = 0, batch_size: int = 280) -> None:
+def main(
+    folder: tyro.conf.Positional[Path],
+    output: Path,
+    left_out: Literal["stop", "nothing"] = "stop",
+    n: int = 336,
+    seed: int = 0,
+    batch_size: int = 336,
+) -> None:
     pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    classifier, asked = FashionClassifier.load(), [parse(caption) for caption in random_captions(n, seed)]
+    classifier, asked = FashionClassifier.load(), [parse(text) for text in random_captions(n, seed)]
     wanted = torch.tensor([(a.garment, a.foreground, a.background) for a in asked])
 
     def found(prompts: list[str], negatives: list[str], rule: str, scale: float) -> tuple[Tensor, float]:
@@ -53,33 +63,26 @@ def main(folder: tyro.conf.Positional[Path], output: Path, n: int = 1120, seed: 
                 images.append(drawn.images)
         return torch.stack(attributes(torch.cat(images), classifier), dim=1), calls.samples / n
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for column, (attribute, names) in enumerate(NAMES.items()):
-        prompts = [left_out(a, column) for a in asked]
-        before, _ = found(prompts, prompts, "nasa", 0.0)
-        seen, named = before[:, column], [k for k in range(3) if k != column]
+        prompts = [caption(a, column, "." if left_out == "stop" else "") for a in asked]
+        unsteered = found(prompts, prompts, "nasa", 0.0)
+        seen, named = unsteered[0][:, column], [k for k in range(3) if k != column]
         step = torch.randint(1, len(names), (n,), generator=torch.Generator().manual_seed(seed))
-        other = (seen + step) % len(names)
-        for negative, wording in [(negative, wording) for negative in ("seen", "other") for wording in ("word", "caption")]:
-            away = [names[k] for k in (seen if negative == "seen" else other).tolist()]
-            if wording == "caption":
-                away = [prompt.replace(".", word) for prompt, word in zip(prompts, away, strict=True)]
-            for rule, scale in SETTINGS:
-                after, calls = found(prompts, away, rule, scale)
-                present = Score.of(after[:, column] == seen)
-                kept = Score.of((after == wanted)[:, named].all(dim=1))
-                scores = {"present": present.value, "present_se": present.se, "kept": kept.value, "kept_se": kept.se}
-                told = {
-                    "attribute": attribute,
-                    "negative": negative,
-                    "wording": wording,
-                    "rule": rule,
-                    "scale": scale,
-                    "n": n,
-                    "calls": calls,
-                }
-                rows.append(told | {name: f"{value:.4f}" for name, value in scores.items()})
-                print(*rows[-1].values(), flush=True)
+        for negative, wording in NEGATIVES:
+            target = seen if negative == "seen" else (seen + step) % len(names)
+            words = [names[k] for k in target.tolist()]
+            away = words if wording == "word" else [caption(a, column, word) for a, word in zip(asked, words, strict=True)]
+            for rule, scale in [("nasa", 0.0), *SETTINGS]:
+                after, calls = unsteered if scale == 0 else found(prompts, away, rule, scale)
+                shares = {"seen": after[:, column] == seen, "negated": after[:, column] == target}
+                shares["kept"] = (after == wanted)[:, named].all(dim=1)
+                row = {"attribute": attribute, "negative": negative, "wording": wording, "rule": rule, "scale": scale, "n": n}
+                row["calls"] = calls
+                for name, score in ((name, Score.of(share)) for name, share in shares.items()):
+                    row |= {name: f"{score.value:.4f}", f"{name}_se": f"{score.se:.4f}"}
+                rows.append(row)
+                print(*row.values(), flush=True)
     with aside(output) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

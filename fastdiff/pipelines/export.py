@@ -24,6 +24,7 @@ from fastdiff.pipelines.few_step import LCM_STEPS, ddim_scheduler, lcm_scheduler
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
 
 TOLERANCE = 1e-5
+NEGATIVE = "negative_prompt.py"  # the copy of pipelines/negative.py in a folder
 
 _CHILD = """
 import json, sys
@@ -56,7 +57,17 @@ from diffusers import DiffusionPipeline
 DiffusionPipeline.from_pretrained("path/to/this/folder")("{prompt}"{arguments}).images[0]
 ```
 
-{schedule}
+{extra}{schedule}
+"""
+_NEGATIVE = """A negative prompt, still without a second network call (NASA or NAG in the cross attention; the file needs torch
+and diffusers alone):
+
+```python
+folder = "path/to/this/folder"
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=f"{{folder}}/{negative}", trust_remote_code=True)
+pipeline("{prompt}", negative_prompt="red", nasa_scale=0.1).images[0]
+```
+
 """
 _ONE_STEP = """`scheduler/` is configured so that the bare call makes exactly one step (`num_inference_steps` up to 50 changes
 nothing). It is not meant for img2img, or for making other schedulers from it: `scheduler_lcm/` holds a plain `LCMScheduler` for
@@ -219,7 +230,11 @@ def export_pipeline(
                 teacher.pipeline.scheduler.config, original_inference_steps=1, timestep_spacing="leading"
             )
             plain.save_pretrained(aside / "scheduler_lcm")
-        facts = {"method": note["method"], "teacher": teacher.name, "version": __version__, "prompt": prompt}
+        extra = ""
+        if kind is type(teacher.pipeline):  # the file's class has that pipeline's call
+            shutil.copyfile(Path(__file__).with_name("negative.py"), aside / NEGATIVE)
+            extra = _NEGATIVE.format(prompt=prompt, negative=NEGATIVE)
+        facts = {"method": note["method"], "teacher": teacher.name, "version": __version__, "prompt": prompt, "extra": extra}
         card = _CARD.format(**facts, **schedule.card())
         (aside / "README.md").write_text(card, encoding="utf-8")
         (aside / "fastdiff.json").write_text(json.dumps(dict(note), indent=2) + "\n", encoding="utf-8")

@@ -29,12 +29,30 @@ def test_the_seed_decides_the_picture(stranger, tmp_path):
     assert a == b != c
 
 
+def test_a_negative_prompt_changes_the_picture_unless_its_scale_is_off(stranger, tmp_path):
+    cases = {
+        "bare": [],
+        "off": ["--negative-prompt", "boot", "--negative-scale", "0"],
+        "nasa": ["--negative-prompt", "boot"],
+        "nag": ["--negative-prompt", "boot", "--negative-rule", "nag"],
+    }
+    for name, words in cases.items():
+        call = ["--prompt", "a zebra", "--num-images", "1", "--steps", "1", "--guidance-scale", "1", *words]
+        assert main(["sample", str(stranger), *call, "--output", str(tmp_path / f"{name}.png")]) == 0
+    pictures = {name: (tmp_path / f"{name}.png").read_bytes() for name in cases}
+    assert pictures["bare"] == pictures["off"]
+    assert len(set(pictures.values())) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "x", "--num-images", "0"], "--num-images is 0"),
         (["--prompt", "x", "--steps", "-1"], "--steps is -1"),
+        (["--prompt", "x", "--negative-scale", "0.2"], "there is no --negative-prompt"),
+        (["--prompt", "x", "--negative-prompt", "y", "--negative-scale", "-1"], "--negative-scale: nasa scale is -1.0"),
+        (["--prompt", "x", "--negative-prompt", "y"], "--negative-prompt: guidance_scale is 7.5"),
         (["--prompt", "x", "--output", "grid.txt"], "does not end like an image file"),
         (["--prompt", "x", "--device", "quantum"], "--device quantum cannot be used here"),
     ],

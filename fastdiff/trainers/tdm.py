@@ -71,6 +71,8 @@ class TDM(Method):
     """How student and fake score train: copies, or adapters on the teacher's backbone."""
     rank: int = 64
     """Rank of the adapters (alpha equals it)."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers to adapt, by their names or the ends of them; none are the teacher family's own, attention."""
     fake_updates: int = 1
     """Fake-score updates to one of the student; a cycle's rollout serves them all."""
     distance: Literal["pseudo_huber", "squared"] = "pseudo_huber"
@@ -95,6 +97,7 @@ class TDM(Method):
 
     def roles(self) -> dict[str, Role]:
         common: dict[str, Any] = {"train": self.train, "betas": (0.0, 0.95), "rank": self.rank, "lora_alpha": float(self.rank)}
+        common["lora_targets"] = self.lora_targets or None
         return {"student": Role(lr=self.lr, **common), "fake_score": Role(lr=self.fake_score_lr, **common)}
 
     def levels(self) -> list[int]:

@@ -4,11 +4,14 @@ A YAML file names the candidates; each value holds `method` and any fields of th
 
     pairs-3000: {method: ode-pairs, pairs: 3000, max_steps: 900}
 
+Candidates of the same seed share their ODE pairs, if they ask for the same: the first one makes them, and its seconds hold that time.
+
 python eval/compare_methods.py docs/results/default.yaml --output docs/results/default.csv --seeds 0
 """
 
 import csv
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +41,21 @@ COLUMNS = [
 ]
 
 
+def share_pairs(folder: Path, seed: int) -> None:
+    """Copy the pairs of another candidate of this seed; a run uses them only if they are what it would make itself."""
+    found = sorted(folder.parent.glob(f"*-{seed}/pairs-0.safetensors"), key=lambda path: path.stat().st_mtime)
+    if found and not folder.exists():
+        folder.mkdir(parents=True)
+        shutil.copyfile(found[0], folder / "pairs-0.safetensors")
+
+
 def train(settings: dict, seed: int, folder: Path) -> tuple[object, dict]:
     method = METHODS[settings["method"]]
     fields = {field.name for field in dataclasses.fields(method)}
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in fields}
     rest = {key: value for key, value in settings.items() if key not in fields | {"method"}}
     config = Config.of(**rest, output_dir=folder, seed=seed, save_every=10**6, validate_every=0)
+    share_pairs(folder, seed)
     trainer = Trainer(method(**own), Teacher.from_pretrained("fashion"), config=config)
     return trainer.train(), trainer.result
 

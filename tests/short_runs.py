@@ -105,7 +105,8 @@ def updates_of(run: Trainer) -> Iterator[tuple[str, tuple[str, ...], dict[str, T
         for update in run.method.updates(step):
             trained = run.method.trains(update)
             terms = run._backward(update, batches, trained)
-            run._reduce_and_clip(trained)
+            if trained:
+                run._reduce_and_clip(trained)
             yield f"{step} {update}", trained, terms
             for optimizer in run._optimizers.values():
                 optimizer.zero_grad()

@@ -154,16 +154,17 @@ class DMD2(PairedMethod):
         x = one_step(roles.denoiser("student"), batch.noise("z"), batch.cond)
         batch.memo["x"] = x.detach()
         t, eps = self.times("student_t", batch), batch.noise("student_eps")
-        with torch.no_grad():
-            x_t = roles.teacher.process.add_noise(x, eps, t)
-            real = roles.denoiser("teacher").guided(x_t, t, batch.cond, batch.null, self.guidance_scale)
-            fake = roles.denoiser("fake_score")(x_t, t, batch.cond)
-            gradient = distribution_matching_gradient(x, real.x0, fake.x0)
+        gradient = self.weighted(matching_gradient(x, t, eps, batch, roles, self.guidance_scale), batch, roles)
         terms = {"dmd": reduce(pseudo_target(x, gradient))}
         if self.gan_weight > 0:
             logits = self._logits(x, "gan_student", batch.cond, batch, roles)
             terms["gan"] = self.gan_weight * reduce(softplus_generator(logits))
         return terms
+
+    def weighted(self, gradient: Tensor, batch: Batch, roles: Roles) -> Tensor:
+        """The gradient G that the samples get: here as it is."""
+        del batch, roles
+        return gradient
 
     def _fake_score_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         if "x" not in batch.memo:
@@ -188,6 +189,15 @@ class DMD2(PairedMethod):
         features = roles.features("fake_score", process.add_noise(x, eps, t), t, cond)
         logits: Tensor = roles.modules["discriminator"](features)
         return logits
+
+
+@torch.no_grad()
+def matching_gradient(x: Tensor, t: Tensor, eps: Tensor, batch: Batch, roles: Roles, guidance_scale: float) -> Tensor:
+    """G of the module docstring, from the guided teacher and the fake score at ``x_t = a_t x + s_t eps``."""
+    x_t = roles.teacher.process.add_noise(x, eps, t)
+    real = roles.denoiser("teacher").guided(x_t, t, batch.cond, batch.null, guidance_scale)
+    fake = roles.denoiser("fake_score")(x_t, t, batch.cond)
+    return distribution_matching_gradient(x, real.x0, fake.x0)
 
 
 def _head(teacher: Teacher) -> nn.Module:

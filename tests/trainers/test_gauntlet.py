@@ -160,7 +160,7 @@ def test_what_a_forward_pass_keeps_is_used_by_a_backward_pass(method: Method, tm
         for update, trained, _ in updates_of(run):
             waste = Counter({call.role: sum(call.kept.values()) for call in calls if call.kept})
             assert not waste, f"{update} keeps bytes for nothing: {dict(waste)}"
-            assert {call.role for call in calls} & set(trained), update
+            assert {call.role for call in calls} & set(trained) or not trained, update
             calls.clear()
 
 
@@ -345,17 +345,21 @@ def test_an_unknown_field_is_refused(kind: type[Method]) -> None:
 # --- backbones
 
 
+HIDDEN = ("hidden", 128)
+
+
 def _law() -> Teacher:
     law = GaussianMixture.ring(laws.process())
-    return Teacher.from_module(TimeMLP(2), law.process, "v_prediction", shape=(2,), law=law)
+    return Teacher.from_module(TimeMLP(2), law.process, "v_prediction", shape=(2,), law=law, bottleneck=HIDDEN)
 
 
 def _module() -> Teacher:
-    return Teacher.from_module(TimeMLP(3, classes=3), laws.process(), "epsilon", shape=(3,), prompts=["0", "1", "2"])
+    return _under(laws.process(), "epsilon")()
 
 
 def _under(process: NoiseProcess, prediction_type: str) -> Callable[[], Teacher]:
-    return lambda: Teacher.from_module(TimeMLP(3, classes=3), process, prediction_type, shape=(3,), prompts=["0", "1", "2"])
+    options = {"shape": (3,), "prompts": ["0", "1", "2"], "bottleneck": HIDDEN}
+    return lambda: Teacher.from_module(TimeMLP(3, classes=3), process, prediction_type, **options)
 
 
 BACKBONES: dict[str, Callable[[], Teacher]] = {

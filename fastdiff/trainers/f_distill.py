@@ -78,7 +78,7 @@ class FDistill(DMD2):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.2, "mode_mass": 0.4, "stray": 0.25}, max_steps=3000),
+        "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.2, "mode_mass": 0.4, "stray": 0.25}, max_steps=3500),
         "gaussian": Trial(fields=_TRIAL, bounds={"w2": 0.6, "axes": 0.95}, max_steps=3500),
     }
     fixed_point: ClassVar[str] = ""

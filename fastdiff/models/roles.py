@@ -40,6 +40,8 @@ class Role:
     lora_targets: tuple[str, ...] | None = None
     """Layers to adapt; the family's own where it has none of these names."""
     build: Callable[[Teacher], nn.Module] | None = None
+    dropout: bool = False
+    """Of a ``full`` role: run the copy in train mode, its dropout at work. The teacher's own backbone never is."""
 
 
 class Adapters:
@@ -110,7 +112,7 @@ class Roles:
         lora = [name for name, role in specs.items() if role.train == "lora"]
         for name, role in specs.items():
             if role.train == "full":
-                self.modules[name] = copy.deepcopy(backbone)
+                self.modules[name] = copy.deepcopy(backbone).train(role.dropout)
             elif role.train == "module":
                 assert role.build is not None
                 self.modules[name] = role.build(teacher).to(teacher.device)
@@ -177,7 +179,11 @@ class Roles:
     def denoiser(self, name: str) -> Denoiser:
         """The role as a denoiser under the teacher's process and prediction type."""
         if name == "teacher" and self.teacher.law is not None:
-            return LawDenoiser(self.teacher.law, count=lambda n: self.ledger.update({"teacher": n}))
+            return LawDenoiser(
+                self.teacher.law,
+                count=lambda n: self.ledger.update({"teacher": n}),
+                watch=lambda x0: self._watched("teacher", x0),
+            )
         return Denoiser(self.network(name), self.teacher.process, self.teacher.prediction_type)
 
     def backbone(self, name: str) -> nn.Module:

@@ -94,7 +94,8 @@ class Teacher:
             law: a closed form that answers for the teacher; ``module`` then only starts the students. Same process and shape.
             options: ``encode`` (prompts to a condition), ``decode`` (samples to images), ``lora_targets`` (all linear layers),
                 ``call(module, x_t, network_time, cond)``, ``time_embedding`` (the name of the layer that puts out the embedded time
-                [B, D], and D: where a method that has cameras adds theirs).
+                [B, D], and D: where a method that has cameras adds theirs), ``bottleneck`` (the name of a layer that puts out
+                features [B, width], and width: what a discriminator looks at).
         """
         return cls(Module(module, process, prediction_type, shape, **options), name=name, prompts=prompts, law=law)
 
@@ -138,8 +139,9 @@ class Teacher:
             self._null = ((first.device, first.dtype), self.encode([""]))
         return self._null[1]
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to images [B, 3, H, W] in [0, 1]."""
+        """Latents [B, C, h, w] to images [B, 3, H, W] in [0, 1], without gradient (``family.decode`` has one)."""
         return self.family.decode(latents)
 
     def weights_hash(self) -> str:

@@ -74,10 +74,11 @@ def _call_unet(network: nn.Module, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
 
 
 _CONVOLUTIONS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_out")
+_HIDDEN = {"bottleneck": ("hidden", 128)}
 LAWS: dict[str, KnownLaw] = {
-    "ring": KnownLaw(GaussianMixture.ring, lambda: TimeMLP(2), 8000, 1500, 512),
-    "gaussian": KnownLaw(Gaussian.anisotropic, lambda: TimeMLP(16), 8000, 1500, 512),
-    "classes": KnownLaw(GaussianMixture.classes, lambda: TimeMLP(2, classes=3), 8000, 2000, 512),
+    "ring": KnownLaw(GaussianMixture.ring, lambda: TimeMLP(2), 8000, 1500, 512, _HIDDEN),
+    "gaussian": KnownLaw(Gaussian.anisotropic, lambda: TimeMLP(16), 8000, 1500, 512, _HIDDEN),
+    "classes": KnownLaw(GaussianMixture.classes, lambda: TimeMLP(2, classes=3), 8000, 2000, 512, _HIDDEN),
     "images": KnownLaw(GaussianMixture.images, _unet, 2000, 300, 128, {"call": _call_unet, "lora_targets": _CONVOLUTIONS}),
     "ring-flow": KnownLaw(
         GaussianMixture.ring,

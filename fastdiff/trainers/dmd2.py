@@ -201,16 +201,18 @@ class DMD2(PairedMethod):
     def _student_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         x, cond = self._generate(batch, roles)
         t, eps = self.times("student_t", batch), batch.noise("student_eps")
-        with torch.no_grad():
-            x_t = roles.teacher.process.add_noise(x, eps, t)
-            real = roles.denoiser("teacher").guided(x_t, t, cond, batch.null, self.guidance_scale)
-            fake = roles.denoiser("fake_score")(x_t, t, cond)
-            gradient = distribution_matching_gradient(x, real.x0, fake.x0)
+        gradient = matching_gradient(x, t, eps, cond, batch, roles, self.guidance_scale)
+        gradient = self.weighted(gradient, batch, roles)
         terms = {"dmd": reduce(pseudo_target(x, gradient))}
         if self.gan_weight > 0:
             (logits,) = self._logits(x, "gan_student", cond, batch, roles)
             terms["gan"] = self.gan_weight * reduce(softplus_generator(logits))
         return terms
+
+    def weighted(self, gradient: Tensor, batch: Batch, roles: Roles) -> Tensor:
+        """The gradient G that the samples get: here as it is."""
+        del batch, roles
+        return gradient
 
     def _fake_score_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         x, cond = self._generated(batch, roles)
@@ -266,6 +268,15 @@ class DMD2(PairedMethod):
             inputs.append(inputs[0] + 0.1 * batch.noise(f"{draw}_nudge"))
         with full_precision(x) if perturb else nullcontext():
             return tuple(roles.modules["discriminator"](roles.features("fake_score", x_t, t, cond)) for x_t in inputs)
+
+
+@torch.no_grad()
+def matching_gradient(x: Tensor, t: Tensor, eps: Tensor, cond: Any, batch: Batch, roles: Roles, guidance_scale: float) -> Tensor:
+    """G of the module docstring, from the guided teacher and the fake score at ``x_t = a_t x + s_t eps``."""
+    x_t = roles.teacher.process.add_noise(x, eps, t)
+    real = roles.denoiser("teacher").guided(x_t, t, cond, batch.null, guidance_scale)
+    fake = roles.denoiser("fake_score")(x_t, t, cond)
+    return distribution_matching_gradient(x, real.x0, fake.x0)
 
 
 def _head(teacher: Teacher) -> nn.Module:

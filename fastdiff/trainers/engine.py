@@ -197,7 +197,8 @@ class Trainer:
         rank, device = self.accelerator.process_index, self.accelerator.device
         parts = [slice(i * size, (i + 1) * size) for i in range(count)]
         draws = [Draws(self.config.seed, rank, step, size=size * count, part=part, device=device) for part in parts]
-        return [Batch(d, self.prompts, self.teacher) for d in draws]
+        shared: dict[str, Any] = {}
+        return [Batch(d, self.prompts, self.teacher, shared=shared) for d in draws]
 
     def _backward(self, update: str, micro: list[Batch], trained: tuple[str, ...]) -> dict[str, Tensor]:
         """Gradients of the mean loss over the micro-batches; returns the means of its terms."""

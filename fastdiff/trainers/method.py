@@ -80,6 +80,8 @@ class Batch:
     prompts: PromptTable
     teacher: Teacher
     memo: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What the micro-batches of one iteration leave each other: one dict for all of them."""
 
     def __len__(self) -> int:
         return len(self.draws)
@@ -88,8 +90,13 @@ class Batch:
     def cond(self) -> Any:
         """Conditions of prompts drawn uniformly, the same whenever they are asked for in one iteration."""
         if "cond" not in self.memo:
-            self.memo["cond"] = self.prompts.conditions(self.draws.integers("prompts", 0, len(self.prompts)))
+            self.memo["cond"] = self.prompts.conditions(self.prompt_index)
         return self.memo["cond"]
+
+    @property
+    def prompt_index(self) -> Tensor:
+        """Which prompts those are [B]."""
+        return self.draws.integers("prompts", 0, len(self.prompts))
 
     @property
     def null(self) -> Any:

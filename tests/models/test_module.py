@@ -183,3 +183,30 @@ def test_the_output_layer_of_torchs_attention_is_no_target_of_an_adapter() -> No
     """``nn.MultiheadAttention`` reads that layer's weight itself: an adapter on it would compute nothing."""
     teacher = small(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 1), "out": nn.Linear(4, 4)}), shape=(4,))
     assert teacher.family.lora_targets == ("out",)
+
+
+def test_a_named_layer_is_what_a_discriminator_looks_at() -> None:
+    """Its head judges the features of the role that is asked, noisy sample and time included; the output layer does not run."""
+    teacher = Teacher.from_module(TimeMLP(2), RectifiedFlow(), "flow_prediction", shape=(2,), bottleneck=("hidden", 128))
+    roles = Roles(teacher, {"student": Role(train="full", lr=1e-3)})
+    x, t = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.5, 0.9])
+    features = roles.features("student", x, t, None)
+    network = roles.backbone("student")
+    full: list[Tensor] = []
+    handle = network.hidden.register_forward_hook(lambda module, inputs, output: full.append(output))
+    roles.network("student")(x, 1000 * t, None)
+    handle.remove()
+    assert torch.equal(features, full[0])
+    logits = teacher.family.head()(features)
+    assert logits.shape == (3,)
+    assert logits.unique().numel() == 3
+
+
+def test_gradient_through_a_law_is_counted_as_the_teachers() -> None:
+    law = GaussianMixture.ring(RectifiedFlow())
+    teacher = Teacher.from_module(TimeMLP(2), law.process, "flow_prediction", shape=(2,), law=law)
+    roles = Roles(teacher, {"student": Role(train="full", lr=1e-3)})
+    x, t = torch.ones(5, 2, requires_grad=True), torch.full((5,), 0.5)
+    roles.denoiser("teacher")(x, t, None).x0.sum().backward()
+    assert roles.ledger == roles.backwards == {"teacher": 5}
+    assert x.grad is not None

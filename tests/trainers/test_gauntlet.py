@@ -366,17 +366,21 @@ def test_an_unknown_field_is_refused(kind: type[Method]) -> None:
 # --- backbones
 
 
+HIDDEN = ("hidden", 128)
+
+
 def _law() -> Teacher:
     law = GaussianMixture.ring(laws.process())
-    return Teacher.from_module(TimeMLP(2), law.process, "v_prediction", shape=(2,), law=law)
+    return Teacher.from_module(TimeMLP(2), law.process, "v_prediction", shape=(2,), law=law, bottleneck=HIDDEN)
 
 
 def _module() -> Teacher:
-    return Teacher.from_module(TimeMLP(3, classes=3), laws.process(), "epsilon", shape=(3,), prompts=["0", "1", "2"])
+    return _under(laws.process(), "epsilon")()
 
 
 def _under(process: NoiseProcess, prediction_type: str) -> Callable[[], Teacher]:
-    return lambda: Teacher.from_module(TimeMLP(3, classes=3), process, prediction_type, shape=(3,), prompts=["0", "1", "2"])
+    options = {"shape": (3,), "prompts": ["0", "1", "2"], "bottleneck": HIDDEN}
+    return lambda: Teacher.from_module(TimeMLP(3, classes=3), process, prediction_type, **options)
 
 
 BACKBONES: dict[str, Callable[[], Teacher]] = {

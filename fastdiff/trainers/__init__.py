@@ -6,9 +6,15 @@ if TYPE_CHECKING:
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.ode_pairs import ODEPairs
     from fastdiff.trainers.swiftbrush import SwiftBrush
+    from fastdiff.trainers.teacher_score_matching import TeacherScoreMatching
 
-__all__ = ["DMD2", "ODEPairs", "SwiftBrush"]
-_HOMES = {"DMD2": "dmd2", "ODEPairs": "ode_pairs", "SwiftBrush": "swiftbrush"}
+__all__ = ["DMD2", "ODEPairs", "SwiftBrush", "TeacherScoreMatching"]
+_HOMES = {
+    "DMD2": "dmd2",
+    "ODEPairs": "ode_pairs",
+    "SwiftBrush": "swiftbrush",
+    "TeacherScoreMatching": "teacher_score_matching",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -174,7 +174,7 @@ class DMD2(PairedMethod):
         fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, batch.cond)
         terms = {"fake_score": reduce(denoising(fake.eps, eps))}
         if self.gan_weight > 0:
-            _, real, cond = self.draw_pairs(batch)
+            _, real, cond = self.draw_pairs(batch, own=True)
             on_real = self._logits(real, "gan_real", cond, batch, roles)
             on_fake = self._logits(x, "gan_fake", batch.cond, batch, roles)
             halves = softplus_discriminator(on_real, on_fake)

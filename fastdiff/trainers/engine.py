@@ -26,7 +26,7 @@ from fastdiff.data.images import save_grid
 from fastdiff.data.prompts import PromptTable, cycled, read_prompts
 from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.models.roles import Role, Roles
+from fastdiff.models.roles import Role, Roles, Start
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import export_student
 from fastdiff.trainers import checkpoint
@@ -53,6 +53,8 @@ class Trainer:
         teacher: the frozen teacher.
         prompts: a list, a text file with one prompt a line, or None for the bundled world's own captions.
         config: the engine's options; or give them as keywords.
+        part: rows of the prompts that the student is for, if not all; ODE pairs are of all of them nevertheless.
+        start: what roles begin from, if not the teacher.
 
     Raises:
         UserError: an unknown option, an empty prompts file, a teacher the method refuses.
@@ -65,6 +67,8 @@ class Trainer:
         *,
         prompts: str | Path | Sequence[str] | None = None,
         config: Config | None = None,
+        part: Sequence[int] | None = None,
+        start: Start | None = None,
         **options: Any,
     ) -> None:
         if config is not None and options:
@@ -75,9 +79,12 @@ class Trainer:
         for check in checks(method, teacher):
             check()
         teacher.family.to(self.accelerator.device)
-        self.prompts = PromptTable(read_prompts(prompts, teacher), teacher)
+        self.prompts = PromptTable(read_prompts(prompts, teacher), teacher, part=part)
+        self._origin = start
         self.folder = self.config.output_dir
         self.result: dict[str, Any] = {}
+        self.samples: tuple[list[str], Tensor, Tensor] | None = None
+        """Prompts, noise and what the student made of them at the end."""
         self._stop_requested = False
         self._log: Any = None
         self._roles: Any = None
@@ -103,7 +110,7 @@ class Trainer:
         self._make_folder()
         torch.manual_seed(self.config.seed)
         self._teacher_hash = self.teacher.identity()
-        self._roles = Roles(self.teacher, self.method.roles())
+        self._roles = Roles(self.teacher, self.method.roles(), self._origin)
         self._optimizers = {name: self._optimizer(name) for name in self.method.roles()}
         student = self._roles.parameters("student")
         decay = self.config.ema_decay
@@ -243,6 +250,10 @@ class Trainer:
         fields = {**dataclasses.asdict(self.method), **options, "world_size": self.accelerator.num_processes}
         fields |= {"method": self.method.name(), "teacher": self.teacher.name, "teacher_hash": self._teacher_hash}
         fields |= {"prompts": len(self.prompts), "prompts_hash": self.prompts.hash()}
+        if self.prompts.part is not None:
+            fields["part"] = self.prompts.part.tolist()
+        if self._origin is not None:
+            fields["start"] = self._origin.hash()
         return json.loads(json.dumps(fields, default=str))
 
     def _save(self) -> None:
@@ -295,7 +306,7 @@ class Trainer:
     def _fixed(self, n: int) -> tuple[list[str], Tensor]:
         """Prompts and noise that are the same throughout a run."""
         generator = generator_for(self.config.seed, "validation")
-        index = cycled(len(self.prompts), n, generator)
+        index = self.prompts.rows(cycled(self.prompts.drawable, n, generator))
         noise = torch.randn(n, *self.teacher.latent_shape, generator=generator)
         return [self.prompts.prompts[i] for i in index.tolist()], noise.to(self.accelerator.device)
 
@@ -318,7 +329,7 @@ class Trainer:
             return None
         network = self._with_ema(lambda: self._roles.merged("student"))
         student = Denoiser(self.teacher.family.network(network), self.teacher.process, self.teacher.prediction_type)
-        prompts, noise, expected = self._images(student, _SHOWN)
+        prompts, noise, expected = self.samples = self._images(student, _SHOWN)
         self._show(expected, "final.png")
         note = {
             "method": self.method.name(),

@@ -84,7 +84,8 @@ class Batch:
     def cond(self) -> Any:
         """Conditions of prompts drawn uniformly, the same whenever they are asked for in one iteration."""
         if "cond" not in self.memo:
-            self.memo["cond"] = self.prompts.conditions(self.draws.integers("prompts", 0, len(self.prompts)))
+            index = self.draws.integers("prompts", 0, self.prompts.drawable)
+            self.memo["cond"] = self.prompts.conditions(self.prompts.rows(index))
         return self.memo["cond"]
 
     @property

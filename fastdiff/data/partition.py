@@ -115,10 +115,10 @@ class Partition:
 
     @cached_property
     def _student_of(self) -> dict[str, int]:
-        return dict(zip(self.prompts, self.part, strict=True))
+        return {"": 0, **dict(zip(self.prompts, self.part, strict=True))}
 
     def route(self, prompts: Sequence[str], teacher: Teacher | None = None) -> Tensor:
-        """The student of each prompt [B].
+        """The student of each prompt [B]; the empty prompt is of all parts, and the first student answers it.
 
         Raises:
             UserError: a prompt is not in the list and there are no centroids, or no teacher to encode it.
@@ -220,14 +220,12 @@ def assign(distance: Tensor) -> Tensor:
     order = distance.argsort(1)
     ranked = distance.gather(1, order)
     margin = ranked[:, min(1, k - 1)] - ranked[:, 0]
-    room, larger = [n // k] * k, n % k
+    taken, base, larger = [0] * k, n // k, n % k
     part = torch.empty(n, dtype=torch.long)
     for i in margin.argsort(descending=True, stable=True).tolist():
-        j = next(j for j in order[i].tolist() if room[j] or (larger and room[j] == 0))
-        if room[j] == 0:
-            larger, room[j] = larger - 1, -1
-        else:
-            room[j] -= 1
+        j = next(j for j in order[i].tolist() if taken[j] < base or (taken[j] == base and larger))
+        larger -= taken[j] == base
+        taken[j] += 1
         part[i] = j
     return part
 

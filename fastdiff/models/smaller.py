@@ -56,7 +56,7 @@ def _unet(network: Any, width: float, layers: int | None) -> nn.Module:
         changes["layers_per_block"] = layers
     with torch.device(network.device):
         small: nn.Module = type(network).from_config(config, **changes)
-    return small.to(network.dtype)
+    return small if small.dtype == network.dtype else small.to(network.dtype)
 
 
 def _divisor(config: Any) -> int:

@@ -13,6 +13,7 @@ and the results return to their places. A student is read from disk when a promp
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -27,83 +28,96 @@ class RoutedStudents(nn.Module):
     ``limit`` is how many stay in memory, the least recently used one leaving first; None is all of them.
     """
 
-    def __init__(self, parameters, config, limit=None):
+    def __init__(self, parameters: Any, config: Any, limit: int | None = None) -> None:
         super().__init__()
         self.sizes, self.config, self.limit = list(parameters), FrozenDict(config), limit
-        self.folder, self.route, self.used = None, None, []
+        self.folder: Any = None
+        self.route: Any = None
+        self.used: list[int] = []
         self.loaded = nn.ModuleDict()  # by number, the most recently used one last
         self.register_buffer("place", torch.zeros(0), persistent=False)  # moves with the pipeline and says where to
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
         return self.place.dtype
 
     @property
-    def device(self):
+    def device(self) -> Any:
         return self.place.device
 
-    def student(self, k):
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Nothing: the weights are on disk, whichever are loaded; ``config`` has their hash."""
+        return {}
+
+    def student(self, k: int) -> Any:
         """Student k, from memory or from disk."""
         if str(k) in self.loaded:
-            network = self.loaded.pop(str(k))
+            network: Any = self.loaded.pop(str(k))
         else:
             self.make_room(1)
             path = self.folder / "students" / str(k) / "unet"
-            network = UNet2DConditionModel.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
-            network.to(self.device, self.dtype).eval().requires_grad_(False)
+            options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": self.dtype}
+            network = UNet2DConditionModel.from_pretrained(str(path), **options)
+            network.to(self.device).eval().requires_grad_(False)
         self.loaded[str(k)] = network
         return network
 
-    def make_room(self, extra):
+    def make_room(self, extra: int) -> None:
         """Forget students until ``extra`` more fit under the limit."""
         while self.limit is not None and len(self.loaded) and len(self.loaded) + extra > self.limit:
             self.loaded.pop(next(iter(self.loaded)))
 
-    def forward(self, sample, timestep, encoder_hidden_states, timestep_cond=None, return_dict=True, **unused):
+    def forward(
+        self,
+        sample: Any,
+        timestep: Any,
+        encoder_hidden_states: Any,
+        timestep_cond: Any = None,
+        return_dict: bool = True,
+        **unused: Any,
+    ) -> Any:
         """What each row's student answers, in the rows' order."""
         if self.route is None or len(self.route) != len(sample):
             raise ValueError(f"a batch of {len(sample)} without as many students: call the pipeline, which routes its prompts.")
-        output = torch.empty_like(sample)
-        for k in self.route.unique().tolist():
+        output, used = torch.empty_like(sample), self.route.unique().tolist()
+        for k in used:
             rows = (self.route == k).nonzero()[:, 0].to(sample.device)
             t = timestep[rows] if torch.is_tensor(timestep) and timestep.ndim else timestep
-            condition = None if timestep_cond is None else timestep_cond[rows]
-            output[rows] = self.student(k)(
-                sample[rows], t, encoder_hidden_states[rows], timestep_cond=condition, return_dict=False
-            )[0]
-        self.used = sorted({*self.used, *self.route.unique().tolist()})
+            guidance = None if timestep_cond is None else timestep_cond[rows]
+            answer = self.student(k)(sample[rows], t, encoder_hidden_states[rows], timestep_cond=guidance, return_dict=False)
+            output[rows] = answer[0]
+        self.used = sorted({*self.used, *used})
         return SimpleNamespace(sample=output) if return_dict else (output,)
 
 
 class MultiStudentPipeline(StableDiffusionPipeline):
     """See the module docstring."""
 
-    _optional_components = ["safety_checker", "feature_extractor", "image_encoder", "unet"]  # noqa: RUF012 - diffusers' own form
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder", "unet"]  # noqa: RUF012 - as in diffusers
 
     def __init__(
         self,
-        vae,
-        text_encoder,
-        tokenizer,
-        scheduler,
-        unet=None,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        parameters=(),
-        network=None,
-        requires_safety_checker=False,
-    ):
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler: Any,
+        unet: Any = None,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+        image_encoder: Any = None,
+        parameters: Any = (),
+        network: Any = None,
+        requires_safety_checker: bool = False,
+    ) -> None:
         """``parameters`` are the sizes of the students, ``network`` what the pipeline asks their common config for."""
         unet = RoutedStudents(parameters, network or {}).to(vae.dtype)
-        super().__init__(
-            vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder, requires_safety_checker
-        )
+        parts = (vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder)
+        super().__init__(*parts, requires_safety_checker=requires_safety_checker)
         self.register_to_config(parameters=list(parameters), network=dict(network or {}))
-        self._partition = None
+        self._partition: Any = None
 
     @property
-    def folder(self):
+    def folder(self) -> Path:
         """Where the students are."""
         folder = Path(self.config._name_or_path)
         if not (folder / "partition.json").is_file():
@@ -113,30 +127,29 @@ class MultiStudentPipeline(StableDiffusionPipeline):
         return folder
 
     @property
-    def partition(self):
-        """The student of every known prompt, and the centroids or None."""
+    def partition(self) -> Any:
+        """The student of every known prompt, and the centroids or None. The empty prompt is of all parts: the first one answers."""
         if self._partition is None:
             record = json.loads((self.folder / "partition.json").read_text(encoding="utf-8"))
             tensors = self.folder / "partition.safetensors"
             centroids = load_file(tensors)["centroids"] if tensors.is_file() else None
-            self._partition = dict(zip(record["prompts"], record["part"])), centroids  # noqa: B905 - equal by their making
+            self._partition = {"": 0, **dict(zip(record["prompts"], record["part"], strict=True))}, centroids
         return self._partition
 
-    def keep(self, limit):
+    def keep(self, limit: int | None) -> None:
         """Keep at most ``limit`` students in memory from now on; None keeps all."""
         if limit is not None and limit < 1:
             raise ValueError(f"limit is {limit}: the student that is called has to be in memory.")
         self.unet.limit = limit
         self.unet.make_room(0)
 
-    def touched(self):
-        """What the last call ran, in parameters: ``student`` weights of the students it used, ``shared`` ones, and ``all`` there are.
+    def touched(self) -> dict[str, Any]:
+        """What the last call ran, in parameters: ``student`` of the students it used, ``shared`` of the rest; ``all`` is everything.
 
         ``students`` are their numbers, ``loaded`` those in memory now.
         """
         parts = [part for name, part in self.components.items() if name != "unet" and isinstance(part, nn.Module)]
-        shared = sum(p.numel() for part in parts for p in part.parameters())
-        sizes = self.unet.sizes
+        shared, sizes = sum(p.numel() for part in parts for p in part.parameters()), self.unet.sizes
         return {
             "students": self.unet.used,
             "student": sum(sizes[k] for k in self.unet.used),
@@ -146,7 +159,7 @@ class MultiStudentPipeline(StableDiffusionPipeline):
         }
 
     @torch.no_grad()
-    def students_of(self, prompts):
+    def students_of(self, prompts: list[str]) -> Any:
         """The student of each prompt [B]: of the list, or by the nearest centroid of the mean text state.
 
         Raises ValueError for a prompt that is not in the list where there are no centroids.
@@ -158,41 +171,34 @@ class MultiStudentPipeline(StableDiffusionPipeline):
         found = dict(known)
         if unseen:
             states = self.encode_prompt(unseen, self._execution_device, 1, False)[0].float().mean(1)
-            found.update(zip(unseen, torch.cdist(states.cpu(), centroids).argmin(1).tolist()))  # noqa: B905
+            found.update(zip(unseen, torch.cdist(states.cpu(), centroids).argmin(1).tolist(), strict=True))
         return torch.tensor([found[prompt] for prompt in prompts])
 
     def __call__(
         self,
-        prompt=None,
-        num_inference_steps=1,
-        num_images_per_prompt=1,
-        generator=None,
-        latents=None,
-        output_type="pil",
-        student=None,
-        **options,
-    ):
+        prompt: Any = None,
+        num_inference_steps: int = 1,
+        num_images_per_prompt: int = 1,
+        generator: Any = None,
+        latents: Any = None,
+        output_type: str = "pil",
+        student: Any = None,
+        **options: Any,
+    ) -> Any:
         """StableDiffusionPipeline's call; ``student`` is a number, or one a prompt, that overrides the routing."""
         if prompt is None and student is None:
             raise ValueError("prompt_embeds without a prompt have no student: pass student=k as well.")
-        prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
-        count = len(options["prompt_embeds"]) if prompt is None else len(prompts)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        count = len(prompts) or len(options["prompt_embeds"])
         route = self.students_of(prompts) if student is None else torch.as_tensor(student).expand(count)
         self.unet.folder, self.unet.used = self.folder, []
         self.unet.route = route.repeat_interleave(num_images_per_prompt)
+        options |= {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
         try:
-            return super().__call__(
-                prompt,
-                num_inference_steps=num_inference_steps,
-                num_images_per_prompt=num_images_per_prompt,
-                generator=generator,
-                latents=latents,
-                output_type=output_type,
-                **options,
-            )
+            return super().__call__(prompt, generator=generator, latents=latents, output_type=output_type, **options)
         finally:
             self.unet.route = None
 
-    def save_pretrained(self, *args, **options):
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
         """Refused: the students stay on disk until they are asked for."""
         raise NotImplementedError("copy the folder: this pipeline does not hold all of its students.")

@@ -11,6 +11,7 @@ import csv
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -77,8 +78,10 @@ def main(
         for seed in seeds:
             torch.manual_seed(seed)
             module = TimeMLP(2, hidden=64, classes=8)
-            teacher = Teacher.from_module(module, law.process, laws.PREDICTION_TYPE, shape=(2,), prompts=CLASSES, name="ring-8x3", law=law)
-            pairs = {"pairs": 8000, "pair_steps": 16, "pair_guidance_scale": 1.0}
+            teacher = Teacher.from_module(
+                module, law.process, laws.PREDICTION_TYPE, shape=(2,), prompts=CLASSES, name="ring-8x3", law=law
+            )
+            pairs: dict[str, Any] = {"pairs": 8000, "pair_steps": 16, "pair_guidance_scale": 1.0}
             for name, share in (("teacher", 1.0), ("small", width / 64)):  # the fake score's start, and the students'
                 match = TeacherScoreMatching(width=share, lr=3e-3, **pairs)
                 network = Trainer(match, teacher, config=config(Path(scratch, name, str(seed)), 2000, seed)).train()
@@ -87,7 +90,10 @@ def main(
             method = DMD2(guidance_scale=1.0, lr=1e-3, fake_score_lr=2e-3, ratio=(1, 2))
             generator = torch.Generator().manual_seed(1000 + seed)
             labels = torch.arange(8).repeat_interleave(20_000)
-            noise, fresh, reference = torch.randn(len(labels), 2, generator=generator), *(law.sample(len(labels), generator, labels) for _ in "ab")
+            noise, fresh, reference = (
+                torch.randn(len(labels), 2, generator=generator),
+                *(law.sample(len(labels), generator, labels) for _ in "ab"),
+            )
             floor = l1(fresh, reference, labels)
             for k in students:
                 for which, each in {"per-student": steps, **({"total": steps // k} if k > 1 else {})}.items():

@@ -51,8 +51,8 @@ class Partition:
             raise UserError(f"{twice[0]!r} is in the list of prompts more than once: two students could claim it. Leave one.")
         if len(self.part) != len(self.prompts) or set(self.part) != set(range(self.students)):
             raise UserError(
-                f"{len(self.prompts)} prompts with {len(self.part)} numbers of students, which are {sorted(set(self.part))}: each of "
-                f"0..{self.students - 1} must have a prompt, or a student would train on nothing."
+                f"{len(self.prompts)} prompts with {len(self.part)} numbers of students, which are {sorted(set(self.part))}: each "
+                f"of 0..{self.students - 1} must have a prompt, or a student would train on nothing."
             )
 
     # --- making one -------------------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ class Partition:
     def _balanced(self, max_ratio: float) -> "Partition":
         if max(self.sizes) > max_ratio * min(self.sizes) and max(self.sizes) - min(self.sizes) > 1:
             raise UserError(
-                f"parts of {self.sizes} prompts: the largest is more than {max_ratio} times the smallest, and its student would learn "
-                "less about each prompt. Choose another number of students, or raise max_ratio."
+                f"parts of {self.sizes} prompts: the largest is more than {max_ratio} times the smallest, and its student would "
+                "learn less about each prompt. Choose another number of students, or raise max_ratio."
             )
         return self
 
@@ -126,8 +126,8 @@ class Partition:
         unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._student_of]
         if unseen and (self.centroids is None or teacher is None):
             raise UserError(
-                f"no student for {unseen[0]!r}: it is none of the {len(self.prompts)} prompts that were divided. Only clusters route "
-                "others, and need the teacher for it."
+                f"no student for {unseen[0]!r}: it is none of the {len(self.prompts)} prompts that were divided. Only clusters "
+                "route others, and need the teacher for it."
             )
         found = dict(self._student_of)
         if unseen and teacher is not None and self.centroids is not None:

@@ -51,7 +51,7 @@ class PromptTable:
     def __init__(self, prompts: list[str], teacher: Teacher, *, part: Sequence[int] | None = None, cached: int = 8192) -> None:
         self.prompts, self.teacher, self._table = prompts, teacher, None
         self.part = None if part is None else torch.tensor(list(part), dtype=torch.long)
-        if self.part is not None and not (len(self.part) and 0 <= self.part.min() and self.part.max() < len(prompts)):
+        if self.part is not None and not (len(self.part) and self.part.min() >= 0 and self.part.max() < len(prompts)):
             raise UserError(f"the part {list(part or ())[:8]} is no set of rows of {len(prompts)} prompts: nothing could be drawn.")
         if len(prompts) <= cached:
             chunks = [prompts[i : i + 256] for i in range(0, len(prompts), 256)]

@@ -1,7 +1,7 @@
 """Roles: the named networks of a method, and the one frozen backbone that LoRA roles share.
 
-A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone, or a network of its kind that ``build`` makes; ``lora``: an adapter on the teacher's own
-backbone; ``module``: a network of the method's making). ``Roles`` builds them, runs them as denoisers and keeps the ledger.
+A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone, or what ``build`` makes in its
+place; ``lora``: an adapter on the teacher's own backbone; ``module``: a network of the method's making). ``Roles`` builds them, runs them as denoisers and keeps the ledger.
 
 A switch of adapter changes who computes, never who trains: peft's own ``set_adapter`` moves ``requires_grad`` with the switch
 and so drops, without a word, the gradient of a graph built before it. ``train_only`` alone changes ``requires_grad``, once per
@@ -129,7 +129,9 @@ class Roles:
         start = start or Start()
         lora = [name for name, role in specs.items() if role.train == "lora"]
         if start.network is not None and "student" in lora:
-            raise UserError("the student trains a LoRA adapter on the teacher's backbone: it cannot begin from a network of its own.")
+            raise UserError(
+                "the student trains a LoRA adapter on the teacher's backbone: it cannot begin from a network of its own."
+            )
         for name, role in specs.items():
             if name == "student" and start.network is not None:
                 self.modules[name] = copy.deepcopy(start.network).to(teacher.device)

@@ -45,7 +45,7 @@ class RoutedStudents(nn.Module):
     def device(self) -> Any:
         return self.place.device
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """Nothing: the weights are on disk, whichever are loaded; ``config`` has their hash."""
         return {}
 
@@ -122,7 +122,7 @@ class MultiStudentPipeline(StableDiffusionPipeline):
         folder = Path(self.config._name_or_path)
         if not (folder / "partition.json").is_file():
             raise ValueError(
-                f"{folder} has no partition.json: prompts have no students. Load a local folder (huggingface_hub.snapshot_download)."
+                f"{folder} has no partition.json: prompts have no students. Load a local folder (hub ids: snapshot_download)."
             )
         return folder
 
@@ -144,7 +144,7 @@ class MultiStudentPipeline(StableDiffusionPipeline):
         self.unet.make_room(0)
 
     def touched(self) -> dict[str, Any]:
-        """What the last call ran, in parameters: ``student`` of the students it used, ``shared`` of the rest; ``all`` is everything.
+        """What the last call ran, in parameters: ``student`` of the students it used, ``shared`` of the rest, ``all`` in all.
 
         ``students`` are their numbers, ``loaded`` those in memory now.
         """
@@ -167,7 +167,9 @@ class MultiStudentPipeline(StableDiffusionPipeline):
         known, centroids = self.partition
         unseen = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         if unseen and centroids is None:
-            raise ValueError(f"no student was trained for {unseen[0]!r}: pass student=k, 0..{len(self.unet.sizes) - 1}, to choose one.")
+            raise ValueError(
+                f"no student was trained for {unseen[0]!r}: pass student=k, 0..{len(self.unet.sizes) - 1}, to choose one."
+            )
         found = dict(known)
         if unseen:
             states = self.encode_prompt(unseen, self._execution_device, 1, False)[0].float().mean(1)

@@ -72,7 +72,9 @@ def export_students(
         for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
             replace(part, folder / part.name)
     except OSError as error:
-        raise UserError(f"cannot write the students to {folder}: {error}. Free space; the runs of the students are kept.") from error
+        raise UserError(
+            f"cannot write the students to {folder}: {error}. Free space; the runs of the students are kept."
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

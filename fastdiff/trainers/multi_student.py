@@ -3,8 +3,8 @@
     prompts = Y_1 + ... + Y_K, disjoint; student k minimises the method's own loss with every expectation over c in Y_k.
 
 Each student is a run of the real ``Trainer`` with its own fake score and discriminator; nothing is shared but the teacher, the
-stored ODE pairs (of all prompts: the paper's students collapsed on their own part's) and a ``shared`` first stage, which is run once
-on all prompts. A later stage begins from the weights that the one before it left in the roles of the same names.
+stored ODE pairs (of all prompts: the paper's students collapsed on their own part's) and a ``shared`` first stage, which is run
+once on all prompts. A later stage begins from the weights that the one before it left in the roles of the same names.
 
     tsm  teacher score matching on all prompts      smaller students only
     dm   distribution matching
@@ -79,8 +79,8 @@ class MultiStudent:
         order = [stage.shared for stage in self.stages.values()]
         if not order or order[-1] or order != sorted(order, reverse=True):
             raise UserError(
-                f"stages {list(self.stages)} with shared {order}: there must be a stage of each student's own, after all shared ones, "
-                "or all students would be the same."
+                f"stages {list(self.stages)} with shared {order}: there must be a stage of each student's own, after all "
+                "shared ones, or all students would be the same."
             )
 
     def train(self, students: Sequence[int] | None = None) -> Any:
@@ -138,7 +138,9 @@ class MultiStudent:
             return None if network is None else Start(network=network)
         path = checkpoint.latest(self.run_folder(earlier[-1], student) / "checkpoints")
         if path is None:
-            raise UserError(f"stage {name} of student {student} begins from {earlier[-1]}, which has no checkpoint: train it first.")
+            raise UserError(
+                f"stage {name} of student {student} begins from {earlier[-1]}, which has no checkpoint: train it first."
+            )
         saved = checkpoint.load(path)[1]
         roles = self.stages[name].method.roles()
         return Start(network=network, weights={role: saved[f"role.{role}"] for role in roles if f"role.{role}" in saved})
@@ -227,5 +229,5 @@ def _shuffled(samples: list[tuple[list[str], Tensor, Tensor]]) -> tuple[list[str
     """The samples of all students in one order that has nothing to do with theirs."""
     prompts = [prompt for group, _, _ in samples for prompt in group]
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
-    noise, images = (torch.cat([group[i] for group in samples])[order] for i in (1, 2))
-    return [prompts[i] for i in order.tolist()], noise, images
+    noise, images = torch.cat([z for _, z, _ in samples]), torch.cat([x for _, _, x in samples])
+    return [prompts[i] for i in order.tolist()], noise[order], images[order]

@@ -40,7 +40,9 @@ def test_every_prompt_has_exactly_one_student_and_sizes_are_nearly_equal(how: st
 
 def test_classes_are_consecutive_and_never_divided() -> None:
     partition = Partition.by_class(captions(), 5, label=lambda prompt: parse(prompt).garment)
-    student_of = {g: {k for p, k in zip(partition.prompts, partition.part, strict=True) if parse(p).garment == g} for g in range(10)}
+    student_of = {
+        g: {k for p, k in zip(partition.prompts, partition.part, strict=True) if parse(p).garment == g} for g in range(10)
+    }
     assert len(GARMENTS) == 10
     assert student_of == {g: {g // 2} for g in range(10)}
 

@@ -41,7 +41,9 @@ def students(folder: Path, k: int, stages: dict[str, Stage] | None = None, **fie
     return MultiStudent(teacher=teacher(), partition=Partition.by_class(LABELS, k), stages=stages, folder=folder, **fields)
 
 
-@pytest.mark.parametrize("method", [DM, SwiftBrush(guidance_scale=1.0, rank=2), ODEPairs(**PAIRS)], ids=["dmd2", "swiftbrush", "pairs"])
+@pytest.mark.parametrize(
+    "method", [DM, SwiftBrush(guidance_scale=1.0, rank=2), ODEPairs(**PAIRS)], ids=["dmd2", "swiftbrush", "pairs"]
+)
 def test_one_student_is_the_plain_method_to_the_bit(method: Method, tmp_path: Path) -> None:
     Trainer(dataclasses.replace(method), teacher(), prompts=LABELS, output_dir=tmp_path / "plain", **OPTIONS).train()
     run = students(tmp_path / "multi", 1, {"dm": Stage(method=method, config=Config.of(**OPTIONS))})

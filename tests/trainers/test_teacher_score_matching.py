@@ -69,7 +69,13 @@ def test_selected_weights_answer_nearer_to_the_teacher_after_training(tmp_path: 
     """With AdamW at 5e-3, 60 iterations: the loss on one fixed batch falls to less than half."""
     teacher = tiny_teacher()
     run = Trainer(
-        TeacherScoreMatching(lr=5e-3, **PAIRS), teacher, output_dir=tmp_path, max_steps=60, batch_size=16, warmup_steps=0, validate_every=0
+        TeacherScoreMatching(lr=5e-3, **PAIRS),
+        teacher,
+        output_dir=tmp_path,
+        max_steps=60,
+        batch_size=16,
+        warmup_steps=0,
+        validate_every=0,
     )
     run.start()
     before = loss_of(run).item()

@@ -4,7 +4,7 @@ A YAML file names the candidates; each value holds `method` and any fields of th
 
     pairs-3000: {method: ode-pairs, pairs: 3000, max_steps: 900}
 
-Candidates of the same seed share their ODE pairs, if they ask for the same ones: the seconds of the first hold the time to make them.
+Candidates of the same seed share their ODE pairs, if they ask for the same ones: only the first one's seconds hold their making.
 
 python eval/compare_methods.py docs/results/default.yaml --output docs/results/default.csv --seeds 0
 """

@@ -34,7 +34,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 folder, given, threads, call = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 torch.set_num_threads(threads)
-pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=True)  # ours, just written
 pipeline.set_progress_bar_config(disable=True)
 calls = []
 pipeline.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
@@ -240,7 +240,7 @@ def export_pipeline(
         (aside / "fastdiff.json").write_text(json.dumps(dict(note), indent=2) + "\n", encoding="utf-8")
         (folder / "model_index.json").unlink(missing_ok=True)
         for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
-            _replace(part, folder / part.name)
+            replace(part, folder / part.name)
     except OSError as error:
         raise UserError(
             f"cannot write the student to {folder}: {error}. Free space or choose another --output; the checkpoint is kept."
@@ -250,7 +250,8 @@ def export_pipeline(
     return pipeline
 
 
-def _replace(source: Path, target: Path) -> None:
+def replace(source: Path, target: Path) -> None:
+    """Move a file or folder to where another one may be."""
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(source, target)
@@ -273,7 +274,8 @@ def verify_export(folder: Path, schedule: Schedule, prompts: list[str], noise: T
         save_file({"noise": noise.cpu().contiguous()}, given + ".safetensors")
         command = [sys.executable, "-I", "-c", _CHILD, str(folder.resolve()), given, str(torch.get_num_threads())]
         command.append(json.dumps(schedule.call))
-        child = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
+        own_code = {**os.environ, "HF_MODULES_CACHE": scratch}  # a pipeline's file is copied before it is run
+        child = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=own_code, check=False)
         if child.returncode != 0:
             raise RuntimeError(f"{folder} does not work in plain diffusers:\n{child.stderr[-2000:]}")
         report = json.loads(child.stdout.splitlines()[-1])

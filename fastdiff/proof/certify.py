@@ -211,6 +211,13 @@ def _flow_map(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
     return (error / law.moments()[1].trace()).sqrt().item()
 
 
+def _posterior_mean(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
+    """Root mean square distance to the law's ``E[x0 | x_T]`` of each noise, relative to the size of that mean."""
+    t = law.process.at_level(torch.tensor(LEVELS - 1)).expand(len(drawn.noise))
+    exact = law(law.process.initial_scale * drawn.noise.double(), t, drawn.labels).x0
+    return ((drawn.samples.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
 METRICS: dict[str, Callable[[GaussianMixture, Drawn, Tensor], float]] = {
     "sliced_w2": _sliced_w2,
     "w2": _w2,
@@ -220,4 +227,5 @@ METRICS: dict[str, Callable[[GaussianMixture, Drawn, Tensor], float]] = {
     "mode_spread": _mode_spread,
     "stray": _stray,
     "flow_map": _flow_map,
+    "posterior_mean": _posterior_mean,
 }

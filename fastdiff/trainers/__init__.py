@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.swiftbrush import SwiftBrush
     from fastdiff.trainers.swiftbrush_v2 import SwiftBrushV2
     from fastdiff.trainers.tdm import TDM
+    from fastdiff.trainers.teacher_score_matching import TeacherScoreMatching
 
 __all__ = [
     "DMD",
@@ -27,6 +28,7 @@ __all__ = [
     "SiD",
     "SwiftBrush",
     "SwiftBrushV2",
+    "TeacherScoreMatching",
 ]
 _HOMES = {
     "DMD": "dmd",
@@ -40,6 +42,7 @@ _HOMES = {
     "SwiftBrush": "swiftbrush",
     "SwiftBrushV2": "swiftbrush_v2",
     "TDM": "tdm",
+    "TeacherScoreMatching": "teacher_score_matching",
 }
 
 

@@ -221,7 +221,7 @@ class DMD2(PairedMethod):
         fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, cond)
         terms = {"fake_score": reduce(score_matching(fake, x, eps))}
         if self.gan_weight > 0:
-            _, real, real_cond = self.draw_pairs(batch)
+            _, real, real_cond = self.draw_pairs(batch, own=True)
             on_real = self._logits(real, "gan_real", real_cond, batch, roles, perturb=self.r1_weight > 0)
             (on_fake,) = self._logits(x, "gan_fake", cond, batch, roles)
             halves = softplus_discriminator(on_real[0], on_fake)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastdiff.data.images import save_grid
 from fastdiff.data.prompts import PromptTable, cycled, read_prompts
 from fastdiff.errors import UserError
-from fastdiff.models.roles import Role, Roles
+from fastdiff.models.roles import Role, Roles, Start
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers import checkpoint
 from fastdiff.trainers._checks import check_folder, checks
@@ -52,6 +52,8 @@ class Trainer:
         teacher: the frozen teacher.
         prompts: a list, a text file with one prompt a line, or None for the bundled world's own captions.
         config: the engine's options; or give them as keywords.
+        part: rows of the prompts that the student is for, if not all; ODE pairs are of all of them nevertheless.
+        start: what roles begin from, if not the teacher.
 
     Raises:
         UserError: an unknown option, an empty prompts file, a teacher the method refuses.
@@ -64,6 +66,8 @@ class Trainer:
         *,
         prompts: str | Path | Sequence[str] | None = None,
         config: Config | None = None,
+        part: Sequence[int] | None = None,
+        start: Start | None = None,
         **options: Any,
     ) -> None:
         if config is not None and options:
@@ -74,9 +78,12 @@ class Trainer:
         for check in checks(method, teacher):
             check()
         teacher.family.to(self.accelerator.device)
-        self.prompts = PromptTable(read_prompts(prompts, teacher), teacher)
+        self.prompts = PromptTable(read_prompts(prompts, teacher), teacher, part=part)
+        self._origin = start
         self.folder = self.config.output_dir
         self.result: dict[str, Any] = {}
+        self.samples: tuple[list[str], Tensor, Tensor] | None = None
+        """Prompts, noise and what the student made of them at the end."""
         self._stop_requested = False
         self._log: Any = None
         self._roles: Any = None
@@ -102,7 +109,7 @@ class Trainer:
         self._make_folder()
         torch.manual_seed(self.config.seed)
         self._teacher_hash = self.teacher.identity()
-        self._roles = Roles(self.teacher, self.method.roles())
+        self._roles = Roles(self.teacher, self.method.roles(), self._origin)
         self._optimizers = {name: self._optimizer(name) for name in self.method.roles()}
         student = self._roles.parameters("student")
         decay = self.config.ema_decay
@@ -249,6 +256,10 @@ class Trainer:
         fields = {**dataclasses.asdict(self.method), **options, "world_size": self.accelerator.num_processes}
         fields |= {"method": self.method.name(), "teacher": self.teacher.name, "teacher_hash": self._teacher_hash}
         fields |= {"prompts": len(self.prompts), "prompts_hash": self.prompts.hash()}
+        if self.prompts.part is not None:
+            fields["part"] = self.prompts.part.tolist()
+        if self._origin is not None:
+            fields["start"] = self._origin.hash()
         return json.loads(json.dumps(fields, default=str))
 
     def _save(self) -> None:
@@ -301,7 +312,7 @@ class Trainer:
     def _fixed(self, n: int) -> tuple[list[str], Tensor]:
         """Prompts and noise that are the same throughout a run."""
         generator = generator_for(self.config.seed, "validation")
-        index = cycled(len(self.prompts), n, generator)
+        index = self.prompts.rows(cycled(self.prompts.drawable, n, generator))
         noise = torch.randn(n, *self.teacher.latent_shape, generator=generator)
         return [self.prompts.prompts[i] for i in index.tolist()], noise.to(self.accelerator.device)
 
@@ -338,6 +349,7 @@ class Trainer:
         self._roles.close()
         self._log.close_bar()
         delivered = self.method.deliver(Finished(self.teacher, network, self.folder, note, *self._fixed(_SHOWN)))
+        self.samples = (*self._fixed(_SHOWN), delivered.images)
         self._show(delivered.images, "final.png")
         difference = delivered.difference
         self._log.say(f"exported to {self.folder}; {delivered.reader} differs from the trainer by {difference:.1e} at most")

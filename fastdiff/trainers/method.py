@@ -96,7 +96,7 @@ class Batch:
     @property
     def prompt_index(self) -> Tensor:
         """Which prompts those are [B]."""
-        return self.draws.integers("prompts", 0, len(self.prompts))
+        return self.prompts.rows(self.draws.integers("prompts", 0, self.prompts.drawable))
 
     @property
     def null(self) -> Any:

@@ -99,7 +99,8 @@ class RolloutPool:
         n = -(-self.uses * draws.size // len(self.levels))
         draws, shape, steps = draws.at(self._cycle, n), batch.teacher.latent_shape, len(self.levels)
         noise = [draws.normal(f"pool_noise_{i}", shape) for i in range(steps if self.sampler == "consistency" else 1)]
-        prompt, student = draws.integers("pool_prompts", 0, len(batch.prompts)), roles.denoiser("student")
+        prompt = batch.prompts.rows(draws.integers("pool_prompts", 0, batch.prompts.drawable))
+        student = roles.denoiser("student")
         parts = []
         for rows in torch.arange(n, device=prompt.device).split(len(batch)):
             fresh = [z[rows] for z in noise]

@@ -1,6 +1,6 @@
 """Four voxel scenes of one view-conditioned prior, by VSD and by SDS: turntables, and a table of how they differ.
 
-python trainers/prolific_dreamer.py --output runs/prolific-dreamer --max-steps 1000
+python trainers/prolific_dreamer.py --output runs/prolific-dreamer --max-steps 600
 
 The prior knows five objects from eight azimuths in closed form; its small network, where the fake score starts, is fitted first.
 """
@@ -26,7 +26,7 @@ def main(
     scene: Literal["voxels", "gaussians"] = "voxels",
     guidance_scale: float = 7.5,
     particles: int = 4,
-    max_steps: int = 1000,
+    max_steps: int = 600,
     batch_size: int = 8,
     seeds: tuple[int, ...] = (0,),
 ) -> None:
@@ -39,7 +39,8 @@ def main(
             guidance_scale=guidance_scale,
             particles=particles,
             lr=1e-2,
-            fake_score_lr=1e-3,
+            fake_score_lr=2e-3,
+            rank=16,
             anneal_after=max_steps * 2 // 3,
             views=laws.VIEWS,
             cameras=laws.VIEWS,

@@ -9,12 +9,12 @@ Only the prior is guided. ``score="sds"`` puts the drawn eps in the place of eps
 sampling; it is the same code, so with eps_fake = eps the two agree to the bit. ``score="cloud"`` is the closed form: the score of
 the empirical law of what the particles show to the same camera, at the price of rendering all of them.
 
-Frozen: the teacher. Trained: the particles, Adam without bias towards zero (eps 1e-15); the fake score, a LoRA adapter on the
-teacher's own backbone; for scenes, an embedding of the camera that is added to the fake score's time embedding.
+Frozen: the teacher. Trained: the particles, by Adam whose eps of 1e-15 lets voxels of tiny gradients move; the fake score, a LoRA
+adapter on the teacher's own backbone; for scenes, an embedding of the camera, added to the fake score's time embedding.
 
 Wang et al., NeurIPS 2023, arXiv 2305.16213; weight, times, rank, learning rates and pose as in the official code. SDS: DreamFusion,
-ICLR 2023, arXiv 2209.14988. The batch (the official code takes one view a step), t drawn for each sample, and Adam in the place of
-AdamW for the adapter are ours. Pictures are rendered in the space that the teacher denoises: no gradient goes through an encoder.
+ICLR 2023, arXiv 2209.14988. The batch (the official code takes one view a step), t drawn for each sample, and an adapter without
+weight decay are ours. Pictures are rendered in the space that the teacher denoises: no gradient goes through an encoder.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from fastdiff.errors import UserError
 from fastdiff.losses import denoising, pseudo_target, reduce, variational_score_gradient
 from fastdiff.models.pose import CameraEmbedding, added_to
 from fastdiff.models.roles import Role, Roles
-from fastdiff.models.scenes import SCENES, Camera, Scenes, load_scenes, save_scenes
+from fastdiff.models.scenes import SCENES, Camera, Scenes, load_scenes, save_scenes, turntable
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers.method import (
     Batch,
@@ -45,8 +45,6 @@ from fastdiff.trainers.method import (
     Trial,
 )
 from fastdiff.trainers.trajectory import Generators
-
-_FRAMES = 24
 
 
 @dataclass(kw_only=True)
@@ -312,16 +310,6 @@ class ProlificDreamer(Method):
                 film = teacher.decode(turntable(scenes, elevation=sum(self.elevation) / 2))
                 save_gif(film, folder / "turntable.gif", columns=scenes.n)
         return Delivered(scenes, images, "reloaded scenes", (images - read).abs().max().item())
-
-
-def turntable(scenes: Scenes, *, frames: int = _FRAMES, elevation: float = 0.0) -> Tensor:
-    """All particles [frames n, *shape] from ``frames`` azimuths in a circle; all of one azimuth stand together."""
-    device = next(scenes.parameters()).device
-    ring = Camera.turntable(frames, elevation=elevation, device=device)
-    every = torch.arange(scenes.n, device=device)
-    return torch.cat(
-        [scenes(every, Camera(ring.azimuth[k].expand(scenes.n), ring.elevation[k].expand(scenes.n))) for k in range(frames)]
-    )
 
 
 def _entropy(opacity: Tensor) -> Tensor:

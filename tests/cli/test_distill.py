@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import pytest
+from PIL import Image
 
 from fastdiff.cli.distill import parsed
 from fastdiff.cli.main import main
@@ -269,3 +270,16 @@ def test_the_bundled_teacher_ends_in_the_table_with_real_photographs(tmp_path, c
     ]
     assert all(row["n"] == 20 and row["fd"] > 0 and 0 <= row["attributes"] <= 1 for row in rows)
     assert "real (held-out)" in capsys.readouterr().out
+
+
+def test_particles_end_as_scenes_with_a_turntable_and_are_not_measured(tmp_path, capsys):
+    words = ["prolific-dreamer", "--scene", "gaussians", "--scene-size", "4", "--particles", "2", "--batch-size", "2"]
+    assert main(["distill", *words, "--max-steps", "2", "--validate-every", "1", "--output", str(tmp_path / "run")]) == 0
+    assert "fastdiff.models.scenes.load_scenes" in capsys.readouterr().out
+    made = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"scenes.safetensors", "fastdiff.json", "turntable.gif", "result.json", "validation"} <= made
+    assert not made & {"model_index.json", "unet", "report.html"}
+    note = json.loads((tmp_path / "run" / "fastdiff.json").read_text())
+    assert (note["method"], note["timesteps"], note["scenes"]["particles"]) == ("prolific-dreamer", [], 2)
+    with Image.open(tmp_path / "run" / "turntable.gif") as film:
+        assert film.n_frames > 1

@@ -88,3 +88,28 @@ def test_what_is_no_teacher_at_all_is_one_line(tmp_path, capsys):
 
 def test_sizes_are_for_people():
     assert [size(n) for n in (0, 1023, 1024, 5 * 2**30)] == ["0 B", "1023 B", "1.0 KiB", "5.0 GiB"]
+
+
+@pytest.mark.parametrize("score", ["vsd", "cloud"])
+def test_particles_are_planned_with_the_file_they_end_in(score, tmp_path, capsys):
+    words = [
+        "prolific-dreamer",
+        "--scene",
+        "voxels",
+        "--scene-size",
+        "8",
+        "--score",
+        score,
+        "--max-steps",
+        "10",
+        "--batch-size",
+        "2",
+    ]
+    assert main(["plan", *words, "--output", str(tmp_path / "run"), "--json", str(tmp_path / "plan.json")]) == 0
+    shown, plan = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert "exported with: scenes.safetensors" in shown
+    assert plan["roles"]["student"]["trainable"] == 4 * (8**3 * 5 + 4)  # particles of a density, four colours and backgrounds
+    forward = {"vsd": 1, "cloud": 5}[score]
+    assert plan["iterations"][0]["calls"]["student"] == {"forward": forward, "backward": 1}
+    assert plan["unknown"] == []
+    assert plan["updates"]["student"]["activations"] > 0

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from fastdiff.data.images import save_grid, to_uint8
+from fastdiff.data.images import save_gif, save_grid, to_uint8
 
 
 def test_levels_are_rounded_and_clamped() -> None:
@@ -43,3 +44,20 @@ def test_grey_images_become_grey_pixels(tmp_path: Path) -> None:
     assert pixels.shape == (4, 8, 3)
     assert (pixels[:, :4] == 0).all()
     assert (pixels[:, 4:] == 255).all()
+
+
+def test_a_film_has_its_frames_in_order_side_by_side(tmp_path: Path) -> None:
+    """Two frames of two 2x3 images: black and white, then white and black."""
+    black, white = torch.zeros(3, 2, 3), torch.ones(3, 2, 3)
+    save_gif(torch.stack([black, white, white, black]), tmp_path / "film.gif", columns=2, zoom=5)
+    with Image.open(tmp_path / "film.gif") as film:
+        assert (film.n_frames, film.size, film.info["loop"]) == (2, (30, 10), 0)
+        for frame, (left, right) in enumerate([(0, 255), (255, 0)]):
+            film.seek(frame)
+            pixels = film.convert("L")
+            assert (pixels.getpixel((7, 5)), pixels.getpixel((22, 5))) == (left, right)
+
+
+def test_half_a_frame_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="torn"):
+        save_gif(torch.zeros(3, 3, 2, 2), tmp_path / "film.gif", columns=2)

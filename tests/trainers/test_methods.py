@@ -72,6 +72,7 @@ def test_companions_exist(method: type[Method]) -> None:
         ("DMD2", {"pairs": 0}),
         ("SwiftBrush", {"null_probability": 3.0}),
         ("SwiftBrush", {"warm_start_steps": -1}),
+        ("ProlificDreamer", {"particles": 0}),
     ],
 )
 def test_values_that_cannot_work_are_refused(method: str, fields: dict[str, float | str]) -> None:

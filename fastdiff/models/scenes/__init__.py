@@ -8,13 +8,13 @@ Scenes live in the cube [-1, 1]^3 and put out what a diffusion model denoises (p
 orthographic; see ``camera``.
 """
 
-from fastdiff.models.scenes.base import Scenes, load_scenes, save_scenes
+from fastdiff.models.scenes.base import Scenes, load_scenes, save_scenes, turntable
 from fastdiff.models.scenes.camera import Camera
 from fastdiff.models.scenes.gaussians import GaussianScenes
 from fastdiff.models.scenes.images import FreeImages
 from fastdiff.models.scenes.voxels import VoxelScenes
 
-__all__ = ["SCENES", "Camera", "FreeImages", "GaussianScenes", "Scenes", "VoxelScenes", "load_scenes", "save_scenes"]
+__all__ = ["SCENES", "Camera", "FreeImages", "GaussianScenes", "Scenes", "VoxelScenes", "load_scenes", "save_scenes", "turntable"]
 
 SCENES: dict[str, type[Scenes]] = {"images": FreeImages, "voxels": VoxelScenes, "gaussians": GaussianScenes}
 """The kinds of scenes by the names that methods and files use."""

@@ -62,6 +62,16 @@ class Scenes(nn.Module, ABC):
         raise NotImplementedError(f"{self.kind} are not looked through: they have no opacity.")
 
 
+def turntable(scenes: Scenes, *, frames: int = 24, elevation: float = 0.0) -> Tensor:
+    """All particles [frames n, *shape] from ``frames`` azimuths in a circle; all of one azimuth stand together."""
+    device = next(scenes.parameters()).device
+    ring = Camera.turntable(frames, elevation=elevation, device=device)
+    every = torch.arange(scenes.n, device=device)
+    return torch.cat(
+        [scenes(every, Camera(ring.azimuth[k].expand(scenes.n), ring.elevation[k].expand(scenes.n))) for k in range(frames)]
+    )
+
+
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
     """Standard normal on the CPU, whatever the default device is (a plan's has no values)."""
     return torch.randn(*shape, generator=generator, device="cpu")

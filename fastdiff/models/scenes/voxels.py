@@ -1,7 +1,7 @@
 r"""``VoxelScenes``: a radiance field on a grid of voxels.
 
-Density sigma >= 0 and colour c are interpolated trilinearly between the centres of voxels (zero density outside the cube), and a
-ray is integrated by the quadrature of emission and absorption, nearest stretch first,
+Density sigma >= 0 and colour c are interpolated trilinearly between the centres of voxels; outside the cube both are zero, towards
+which they fade over the outermost half voxel. A ray is integrated by emission and absorption, nearest stretch first,
 
     alpha_i = 1 - exp(-sigma_i delta),   T_i = exp(-\sum_{j<i} sigma_j delta),   x = \sum_i T_i alpha_i c_i + T_end c_background
 

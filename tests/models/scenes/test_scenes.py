@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.models.scenes import SCENES, Camera, FreeImages, GaussianScenes, VoxelScenes, load_scenes, save_scenes
+from fastdiff.models.scenes import SCENES, Camera, FreeImages, GaussianScenes, VoxelScenes, load_scenes, save_scenes, turntable
 from fastdiff.models.scenes.objects import OBJECTS, reference_scenes, reference_views
 
 INDEX, RING = torch.tensor([1, 0, 1]), Camera.turntable(3, elevation=20.0)
@@ -69,3 +69,11 @@ def test_the_objects_are_seen_as_they_are_described() -> None:
     assert views[4, :, :2].mean() > views[4, :, 2].mean() + 0.2  # yellow: less blue than red and green
     flat = views.flatten(1)
     assert (torch.cdist(flat, flat) + 100 * torch.eye(5)).min() / flat.shape[1] ** 0.5 > 0.3
+
+
+def test_a_turntable_has_all_particles_of_one_azimuth_together() -> None:
+    scenes = GaussianScenes(2, (3, 4, 4), size=3)
+    film = turntable(scenes, frames=4, elevation=15.0)
+    third = Camera(torch.tensor([180.0, 180.0]), torch.tensor([15.0, 15.0]))
+    assert len(film) == 8
+    assert torch.allclose(film[4:6], scenes(torch.tensor([0, 1]), third), atol=1e-6)

@@ -4,6 +4,7 @@ A YAML file names the candidates; each value holds `method` and any fields of th
 
     pairs-3000: {method: ode-pairs, pairs: 3000, max_steps: 900}
 
+``begin: NAME`` begins the student from that of an earlier candidate of the same seed; its seconds are not counted again.
 Candidates of the same seed share their ODE pairs, if they ask for the same ones: only the first one's seconds hold their making.
 
 python eval/compare_methods.py docs/results/default.yaml --output docs/results/default.csv --seeds 0
@@ -17,11 +18,13 @@ from typing import Any
 
 import tyro
 import yaml
+from safetensors.torch import load_file
 
 import fastdiff.trainers
 from fastdiff import Teacher, Trainer
 from fastdiff.eval.diversity import prompt_diversity
 from fastdiff.eval.fashion import fashion_rows
+from fastdiff.models.roles import Start
 from fastdiff.trainers.config import Config
 
 METHODS: dict[str, Any] = {method.name(): method for method in (getattr(fastdiff.trainers, n) for n in fastdiff.trainers.__all__)}
@@ -49,14 +52,21 @@ def share_pairs(folder: Path, seed: int) -> None:
         shutil.copyfile(found[0], folder / "pairs-0.safetensors")
 
 
+def begin_from(folder: Path) -> Start:
+    """The student of an exported folder, without the guidance embedding that the export added."""
+    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    return Start(weights={"student": {key: value for key, value in weights.items() if "cond_proj" not in key}})
+
+
 def train(settings: dict, seed: int, folder: Path) -> tuple[object, dict]:
     method = METHODS[settings["method"]]
     fields = {field.name for field in dataclasses.fields(method)}
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in fields}
-    rest = {key: value for key, value in settings.items() if key not in fields | {"method"}}
+    rest = {key: value for key, value in settings.items() if key not in fields | {"method", "begin"}}
     config = Config.of(**rest, output_dir=folder, seed=seed, save_every=10**6, validate_every=0)
     share_pairs(folder, seed)
-    trainer = Trainer(method(**own), Teacher.from_pretrained("fashion"), config=config)
+    start = begin_from(folder.parent / f"{settings['begin']}-{seed}") if "begin" in settings else None
+    trainer = Trainer(method(**own), Teacher.from_pretrained("fashion"), config=config, start=start)
     return trainer.train(), trainer.result
 
 

@@ -16,4 +16,4 @@ def main(first: tyro.conf.Positional[Path], second: tyro.conf.Positional[Path], 
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

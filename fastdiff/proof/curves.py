@@ -5,6 +5,7 @@ A certificate says that a method ends where it should; a curve says, in seconds,
 
 import csv
 import json
+import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from fastdiff.trainers.method import Method
 
 STEPS, WINDOW = 100, 25
 Curve = dict[tuple[str, int], float]
-"""Mean of a term over the window that ends at a step."""
+"""Median of a term over the window that ends at a step: in few dimensions DMD's normaliser makes single batches large."""
 
 
 def curve(method: type[Method], *, seed: int) -> Curve:
@@ -56,7 +57,7 @@ def _windows(rows: list[dict[str, float]]) -> Curve:
         for end in range(WINDOW, STEPS + 1, WINDOW):
             values = [row[term] for row in rows if end - WINDOW < row["step"] <= end and term in row]
             if values:
-                found[term, end] = sum(values) / len(values)
+                found[term, end] = statistics.median(values)
     return found
 
 
@@ -71,14 +72,14 @@ def write(path: Path, curves: Sequence[Curve]) -> None:
 
 
 def outside(path: Path, found: Curve) -> list[str]:
-    """What of a curve leaves its band, widened by the band's own width and a tenth of its value on either side."""
+    """What of a curve leaves its band, widened by the band's own width and a fifth of its value on either side."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = {(row["term"], int(row["step"])): (float(row["low"]), float(row["high"])) for row in csv.DictReader(file)}
     if rows.keys() != found.keys():
         return [f"other terms: {sorted(rows.keys() ^ found.keys())[:3]}"]
     said = []
     for key, (low, high) in rows.items():
-        margin = high - low + 0.1 * max(abs(low), abs(high))
+        margin = high - low + 0.2 * max(abs(low), abs(high))
         if not low - margin <= found[key] <= high + margin:
             said.append(f"{key[0]} at step {key[1]} is {found[key]:.4g}, expected {low:.4g} .. {high:.4g}")
     return said

@@ -214,7 +214,7 @@ class ProlificDreamer(Method):
             process, cond = roles.teacher.process, self._cond(batch)
             x_t = process.add_noise(x, eps, t)
             real = roles.denoiser("teacher").guided(x_t, t, cond, batch.null, self.guidance_scale)
-            weight = expand(process.sigma(t).square(), x)
+            weight = expand((process.sigma(t) / process.norm(t)).square(), x)
             gradient = variational_score_gradient(real.eps, self._subtracted(x_t, t, eps, batch, roles), weight=weight)
         return reduce(pseudo_target(x, gradient), denominator=len(x))
 

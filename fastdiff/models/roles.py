@@ -1,7 +1,8 @@
 """Roles: the named networks of a method, and the one frozen backbone that LoRA roles share.
 
-A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone, or what ``build`` makes in its
-place; ``lora``: an adapter on the teacher's own backbone; ``module``: a network of the method's making). ``Roles`` builds them, runs them as denoisers and keeps the ledger.
+A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone, or what ``build`` makes in its place; ``lora``:
+an adapter on the teacher's own backbone; ``module``: a network of the method's making). ``Roles`` builds them, runs them as
+denoisers and keeps the ledger.
 
 A switch of adapter changes who computes, never who trains: peft's own ``set_adapter`` moves ``requires_grad`` with the switch
 and so drops, without a word, the gradient of a graph built before it. ``train_only`` alone changes ``requires_grad``, once per

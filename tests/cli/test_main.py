@@ -38,7 +38,7 @@ def test_help_lists_every_command_and_every_command_exists(capsys):
     shown = capsys.readouterr().out
     for name in COMMANDS:
         assert f"\n  {name} " in shown
-        module = {"eval": "evaluate"}.get(name, name)
+        module = {"eval": "evaluate"}.get(name, name).replace("-", "_")
         assert callable(importlib.import_module(f"fastdiff.cli.{module}").run)
 
 

@@ -51,7 +51,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["distil"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    known = "distill, plan, sample, eval, certify, methods"
+    known = "distill, distill-multi, plan, sample, eval, certify, methods"
     assert err == f"fastdiff: no command 'distil', did you mean 'distill'? Commands: {known}.\n"
 
 

@@ -56,8 +56,8 @@ class RoutedStudents(nn.Module):
         else:
             self.make_room(1)
             path = self.folder / "students" / str(k) / "unet"
-            options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": self.dtype}
-            network = UNet2DConditionModel.from_pretrained(str(path), **options)
+            network = UNet2DConditionModel.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
+            network = network if network.dtype == self.dtype else network.to(self.dtype)
             network.to(self.device).eval().requires_grad_(False)
         self.loaded[str(k)] = network
         return network

@@ -55,7 +55,7 @@ def test_a_missed_bound_is_said_and_exits_with_1(asked: list[tuple[str, str, int
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["dmd3"], "did you mean 'dmd2'?"),
+        (["ode-pear"], "did you mean 'ode-pairs'?"),
         (["--law", "rings"], "did you mean 'ring'?"),
     ],
 )

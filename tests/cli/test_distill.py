@@ -233,7 +233,7 @@ def test_bad_prompts_are_one_line(stranger, tmp_path, capsys):
 
 def test_wrong_words_are_refused_before_anything_is_loaded(tmp_path, capsys):
     for words, expected in [
-        (["dmd3"], "no method 'dmd3', did you mean 'dmd2'? Methods: dmd2, ode-pairs, swiftbrush."),
+        (["ode-pear"], f"no method 'ode-pear', did you mean 'ode-pairs'? Methods: {', '.join(methods())}."),
         (["--config"], "--config needs a file."),
         (["--config", str(tmp_path / "no.yaml")], "no.yaml cannot be read: No such file or directory."),
     ]:

@@ -210,3 +210,12 @@ def test_gradient_through_a_law_is_counted_as_the_teachers() -> None:
     roles.denoiser("teacher")(x, t, None).x0.sum().backward()
     assert roles.ledger == roles.backwards == {"teacher": 5}
     assert x.grad is not None
+
+
+def test_the_layer_of_the_embedded_time_is_the_named_one_and_has_its_width() -> None:
+    teacher = small(nn.Sequential(nn.Linear(2, 7), nn.Linear(7, 2)), time_embedding=("0", 7))
+    layer, width = teacher.family.time_embedding(teacher.family.backbone)
+    assert layer is teacher.family.backbone[0]
+    assert layer(torch.zeros(3, 2)).shape == (3, width)
+    with pytest.raises(NotImplementedError, match="embedded time"):
+        small(mlp()).family.time_embedding(mlp())

@@ -362,3 +362,31 @@ def test_an_output_and_its_graph_are_gone_after_the_backward_pass(teacher: Teach
     gc.collect()
     assert gone() is None
     assert roles.backwards["student"] == len(x)
+
+
+def test_a_generator_takes_inputs_of_its_own_and_its_samples_are_counted() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.arange(6.0).view(3, 2))
+
+        def forward(self, index: torch.Tensor) -> torch.Tensor:
+            return self.rows[index]
+
+    roles = Roles(tiny_teacher(), {"student": Role(train="module", lr=1.0, build=lambda teacher: Table())})
+    roles.train_only("student")
+    out = roles.generate("student", torch.tensor([2, 0, 2, 1]))
+    assert out[0].tolist() == [4.0, 5.0]
+    out.sum().backward()
+    assert (roles.ledger["student"], roles.backwards["student"]) == (4, 4)
+    assert roles.parameters("student")[0].grad[:, 0].tolist() == [1.0, 1.0, 2.0]
+
+
+def test_the_embedded_time_of_a_unet_has_the_width_that_the_family_says() -> None:
+    teacher = tiny_teacher()
+    layer, width = teacher.family.time_embedding(teacher.family.backbone)
+    seen: list[torch.Size] = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    teacher.denoiser(torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3]), teacher.encode(["a", "b", "c"]))
+    handle.remove()
+    assert seen == [(3, width)]

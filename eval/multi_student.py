@@ -79,7 +79,7 @@ def main(
             torch.manual_seed(seed)
             module = TimeMLP(2, hidden=64, classes=8)
             teacher = Teacher.from_module(
-                module, law.process, laws.PREDICTION_TYPE, shape=(2,), prompts=CLASSES, name="ring-8x3", law=law
+                module, law.process, laws.LAWS["ring"].prediction_type, shape=(2,), prompts=CLASSES, name="ring-8x3", law=law
             )
             pairs: dict[str, Any] = {"pairs": 8000, "pair_steps": 16, "pair_guidance_scale": 1.0}
             for name, share in (("teacher", 1.0), ("small", width / 64)):  # the fake score's start, and the students'

@@ -6,6 +6,7 @@ python eval/unequal_mixture.py --divergences reverse_kl forward_kl jensen_shanno
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -19,7 +20,14 @@ from fastdiff.trainers import FDistill
 from fastdiff.trainers.f_distill import Divergence
 from fastdiff.trainers.method import Trial
 
-SETTINGS = {"guidance_scale": 1.0, "lr": 1e-3, "fake_score_lr": 2e-3, "ratio": (1, 2), "pairs": 10_000, "pair_steps": 32}
+SETTINGS: dict[str, Any] = {
+    "guidance_scale": 1.0,
+    "lr": 1e-3,
+    "fake_score_lr": 2e-3,
+    "ratio": (1, 2),
+    "pairs": 10_000,
+    "pair_steps": 32,
+}
 
 
 def unequal(process: NoiseProcess) -> GaussianMixture:

@@ -90,4 +90,4 @@ def main(pairs: int = 3, d: int = 2048, n: int = 3000, few: int = 500, prdc_n: i
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

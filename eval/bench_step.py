@@ -98,4 +98,4 @@ def main(teacher: str = "fashion", pairs: int = 40, batch_size: int = 32, json_p
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

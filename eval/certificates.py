@@ -5,18 +5,19 @@ python eval/certificates.py docs/results/certificates.json
 """
 
 import json
-import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import tyro
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["method"], row["law"], row["metric"]
 
 
-def main() -> None:
-    rows = [row for name in sys.argv[1:] for row in json.loads(Path(name).read_text())]
+def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    rows = [row for file in files for row in json.loads(file.read_text())]
     print("| method | law | metric | mean (range) | bound | teacher, as many calls | exact samples | seconds | passed |")
     print("|---|---|---|---|---|---|---|---|---|")
     for (method, law, metric), group in groupby(sorted(rows, key=key), key):
@@ -31,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

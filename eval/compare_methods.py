@@ -1,26 +1,33 @@
-"""Train candidates under the same conditions and write one row a run: how the default of `fastdiff distill` was settled.
+"""Train candidates under the same conditions and write one row a run: the tables of the methods, and how the default was settled.
 
 A YAML file names the candidates; each value holds `method` and any fields of the method or options of the engine:
 
     pairs-3000: {method: ode-pairs, pairs: 3000, max_steps: 900}
+
+``begin: NAME`` begins the student from that of an earlier candidate of the same seed; its seconds are not counted again.
+Candidates of the same seed share their ODE pairs, if they ask for the same ones: only the first one's seconds hold their making.
 
 python eval/compare_methods.py docs/results/default.yaml --output docs/results/default.csv --seeds 0
 """
 
 import csv
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import tyro
 import yaml
+from safetensors.torch import load_file
 
+import fastdiff.trainers
 from fastdiff import Teacher, Trainer
+from fastdiff.eval.diversity import prompt_diversity
 from fastdiff.eval.fashion import fashion_rows
-from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush
+from fastdiff.models.roles import Start
 from fastdiff.trainers.config import Config
 
-METHODS: dict[str, Any] = {method.name(): method for method in (ODEPairs, SwiftBrush, DMD2)}
+METHODS: dict[str, Any] = {method.name(): method for method in (getattr(fastdiff.trainers, n) for n in fastdiff.trainers.__all__)}
 COLUMNS = [
     "candidate",
     "seed",
@@ -31,19 +38,42 @@ COLUMNS = [
     "attributes",
     "attributes_se",
     "clip",
+    "diversity",
     "nfe",
     "settings",
 ]
+
+
+def share_pairs(folder: Path, seed: int) -> None:
+    """Copy the pairs of another candidate of this seed; a run uses them only if they are what it would make itself."""
+    found = sorted(folder.parent.glob(f"*-{seed}/pairs-0.safetensors"), key=lambda path: path.stat().st_mtime)
+    if found and not folder.exists():
+        folder.mkdir(parents=True)
+        shutil.copyfile(found[0], folder / "pairs-0.safetensors")
+
+
+def begin_from(folder: Path) -> Start:
+    """The student of an exported folder, without the guidance embedding that the export added."""
+    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    return Start(weights={"student": {key: value for key, value in weights.items() if "cond_proj" not in key}})
 
 
 def train(settings: dict, seed: int, folder: Path) -> tuple[object, dict]:
     method = METHODS[settings["method"]]
     fields = {field.name for field in dataclasses.fields(method)}
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in fields}
-    rest = {key: value for key, value in settings.items() if key not in fields | {"method"}}
+    rest = {key: value for key, value in settings.items() if key not in fields | {"method", "begin"}}
     config = Config.of(**rest, output_dir=folder, seed=seed, save_every=10**6, validate_every=0)
-    trainer = Trainer(method(**own), Teacher.from_pretrained("fashion"), config=config)
+    share_pairs(folder, seed)
+    start = begin_from(folder.parent / f"{settings['begin']}-{seed}") if "begin" in settings else None
+    trainer = Trainer(method(**own), Teacher.from_pretrained("fashion"), config=config, start=start)
     return trainer.train(), trainer.result
+
+
+def diversity(result: Any) -> float:
+    """Mean feature distance of images of the same prompt, over the prompts that were drawn twice or more."""
+    rows = [i for i, prompt in enumerate(result.prompts) if result.prompts.count(prompt) > 1]
+    return prompt_diversity(result.features[rows], [result.prompts[i] for i in rows]).value
 
 
 def main(
@@ -62,7 +92,8 @@ def main(
         for name, settings in yaml.safe_load(candidates.read_text()).items():
             for seed in seeds if not only or name in only else ():
                 pipeline, result = train(settings, seed, runs / f"{name}-{seed}")
-                row = fashion_rows({name: pipeline}, None, n=n)[0].row()
+                evaluated = fashion_rows({name: pipeline}, None, n=n)[0]
+                row = {**evaluated.row(), "diversity": diversity(evaluated)}
                 row |= {"candidate": name, "settings": settings, **{k: result[k] for k in ("seed", "steps", "seconds_train")}}
                 writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
                 file.flush()
@@ -70,4 +101,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

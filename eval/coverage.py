@@ -99,4 +99,4 @@ def main(repetitions: int = 200, d: int = 16) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

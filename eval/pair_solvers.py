@@ -46,4 +46,4 @@ def main(output: Path, n: int = 2000, guidance_scale: float = 3.0, seed: int = 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

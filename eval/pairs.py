@@ -21,4 +21,4 @@ def main(pairs: tyro.conf.Positional[Path], n: int = 2240) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

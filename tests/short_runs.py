@@ -21,7 +21,7 @@ from fastdiff.data.fashion import captions
 from fastdiff.models.condition import concat
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers import checkpoint
-from fastdiff.trainers._regression import PairedMethod
+from fastdiff.trainers._regression import StoredPairs
 from fastdiff.trainers.draws import Draws
 from fastdiff.trainers.method import Batch, Method, Preparation
 
@@ -105,6 +105,8 @@ def updates_of(run: Trainer) -> Iterator[tuple[str, tuple[str, ...], dict[str, T
         for update in run.method.updates(step):
             trained = run.method.trains(update)
             terms = run._backward(update, batches, trained)
+            if not trained:  # it fills a pool
+                continue
             run._reduce_and_clip(trained)
             yield f"{step} {update}", trained, terms
             for optimizer in run._optimizers.values():
@@ -181,7 +183,11 @@ class Joined(Draws):
     """The draws of several ranks, one after another, as those of one batch."""
 
     def __init__(self, ranks: list[Draws]) -> None:
-        self.ranks, self.key = ranks, ranks[0].key
+        self._ranks, self.key = ranks, ranks[0].key
+
+    @property
+    def ranks(self) -> list[Draws]:
+        return self._ranks
 
     def __len__(self) -> int:
         return sum(map(len, self.ranks))
@@ -209,14 +215,14 @@ def join_ranks(run: Trainer, world_size: int) -> None:
         return [Batch(Joined(draws), run.prompts, run.teacher)]
 
     run._micro_batches = micro_batches  # type: ignore[method-assign]
-    if isinstance(run.method, PairedMethod):
+    if isinstance(run.method, StoredPairs):
         shares = [dataclasses.replace(run.method) for _ in range(world_size)]
         for rank, share in enumerate(shares):
             share.prepare(Preparation(run.teacher, run.prompts, run.folder, seed, rank, world_size, run._log.progress))
 
-        def draw_pairs(batch: Batch) -> tuple[Any, ...]:
+        def draw_pairs(batch: Batch, **options: bool) -> tuple[Any, ...]:
             ranks = batch.draws.ranks  # type: ignore[attr-defined]
-            parts = [share.draw_pairs(dataclasses.replace(batch, draws=draws)) for share, draws in zip(shares, ranks, strict=True)]
+            parts = [s.draw_pairs(dataclasses.replace(batch, draws=d), **options) for s, d in zip(shares, ranks, strict=True)]
             return tuple(concat(*part) for part in zip(*parts, strict=True))
 
         run.method.draw_pairs = draw_pairs  # type: ignore[method-assign]

@@ -44,4 +44,4 @@ def main(output: Path = ASSETS, classifier: Path = WEIGHTS, per_garment: int = 2
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

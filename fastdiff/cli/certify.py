@@ -47,7 +47,8 @@ def run(argv: Sequence[str]) -> int:
     from fastdiff.proof.certify import FIXED_POINT, certificates, certify
     from fastdiff.proof.laws import LAWS
 
-    known = [*LAWS, FIXED_POINT]
+    named_by_methods = [law for entry in methods().values() for law in certificates(entry.load())]
+    known = list(dict.fromkeys([*LAWS, *named_by_methods, FIXED_POINT]))
     for law in chosen.law:
         if law not in known:
             raise UserError(f"no law '{law}'{nearest(law, known)} Laws: {', '.join(known)}.")

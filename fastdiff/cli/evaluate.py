@@ -36,10 +36,16 @@ class Measuring:
 
     num_images: int | None = None
     """Images per row; by default 2000 in the bundled world and 8 elsewhere."""
-    teacher_steps: tuple[int, ...] = (25, 1)
-    """Inference steps of the teacher; each number makes a row."""
-    teacher_guidance_scale: float = 3.0
-    """Classifier-free guidance of the teacher's rows; 1 is off."""
+    teacher_steps: tuple[int, ...] | None = None
+    """Inference steps of the teacher, a row each; by default 25 and 1, under --protocol the pipeline's own (`fashion`: 25)."""
+    teacher_guidance_scale: float | None = None
+    """Guidance of the teacher's rows, 1 is off; by default 3, under --protocol the pipeline's own (`fashion`: 3)."""
+
+    @property
+    def rows_of_teacher(self) -> tuple[tuple[int, ...], float]:
+        """Steps and guidance without a protocol."""
+        steps = (25, 1) if self.teacher_steps is None else self.teacher_steps
+        return steps, 3.0 if self.teacher_guidance_scale is None else self.teacher_guidance_scale
 
 
 @dataclass(kw_only=True)
@@ -86,8 +92,7 @@ def measure(
     if n < 2 or (world and n > _WORLD_IMAGES):
         most = f" and at most {_WORLD_IMAGES}, the number of held-out photographs" if world else ""
         raise UserError(f"--num-images is {n}; it must be at least 2{most}.")
-    if min(measuring.teacher_steps, default=1) < 1:
-        raise UserError(f"--teacher-steps holds {min(measuring.teacher_steps)}; each must be at least 1.")
+    check_steps(measuring.teacher_steps)
     asked = [] if world else drawn(prompts or [], n)
     try:
         if world:
@@ -97,21 +102,27 @@ def measure(
         raise UserError(str(error)) from error
 
 
+def check_steps(steps: Sequence[int] | None) -> None:
+    """A ``UserError`` for numbers of steps that nobody can take."""
+    if steps and min(steps) < 1:
+        raise UserError(f"--teacher-steps holds {min(steps)}; each must be at least 1.")
+
+
 def _scores(
     students: dict[str, Any], teacher: Any, measuring: Measuring, n: int, seed: int
 ) -> "tuple[list[Result], Protocol, dict[str, Any]]":
     from fastdiff.eval.fashion import FashionMetrics, fashion_rows
     from fastdiff.eval.protocol import Protocol
 
-    metric = FashionMetrics.load()
+    metric, (steps, scale) = FashionMetrics.load(), measuring.rows_of_teacher
     with _progress() as progress:
         results = fashion_rows(
             next(iter(students.values())) if len(students) == 1 else students,
             teacher,
             n=n,
             seed=seed,
-            guidance_scale=measuring.teacher_guidance_scale,
-            teacher_steps=measuring.teacher_steps,
+            guidance_scale=scale,
+            teacher_steps=steps,
             metric=metric,
             progress=progress,
         )
@@ -130,9 +141,9 @@ def _costs(students: dict[str, Any], teacher: Any, measuring: Measuring, prompts
     from fastdiff.eval.evaluate import evaluate
     from fastdiff.eval.pipeline import pipeline_subject
 
-    steps = measuring.teacher_steps if teacher is not None else ()
-    scale = measuring.teacher_guidance_scale
-    subjects = [pipeline_subject("teacher", teacher, steps=k, guidance_scale=scale) for k in steps]
+    steps, scale = measuring.rows_of_teacher
+    rows = steps if teacher is not None else ()
+    subjects = [pipeline_subject("teacher", teacher, steps=k, guidance_scale=scale) for k in rows]
     for name, pipeline in students.items():
         subjects.append(pipeline_subject(f"student {name}" if len(students) > 1 else "student", pipeline))
     results = []
@@ -176,12 +187,31 @@ def check(options: Options) -> tuple[dict[str, str], str | None]:
         raise UserError(f"no folder {names[0]}, and no verb of that name{hint}")
     if not names:
         raise UserError("no pipeline to evaluate; give one or more folders, hub ids, or `fashion`.")
+    _check_folders(names)
     students = [name for name in names if (Path(name) / "fastdiff.json").is_file()]
     teachers = [name for name in names if name not in students]
     if len(teachers) > 1:
         raise UserError(f"{' and '.join(teachers)} are no students of fastdiff; evaluate one teacher at a time.")
     short = len({Path(name).name for name in students}) == len(students)
     return {Path(name).name if short else name: name for name in students}, teachers[0] if teachers else None
+
+
+def _check_folders(names: Sequence[str]) -> None:
+    """Blame folders that are not there, unless the one name may be a hub id, and folders of images."""
+    folders = [name for name in names if Path(name).is_dir()]
+    gone = [name for name in names if name not in folders and "/" in name]
+    if gone and (len(names) - len(folders) > 1 or gone[0].count("/") != 1):
+        raise UserError(
+            f"there is no folder {gone[0]}. (A hub id is a teacher, too: without --protocol, evaluate one teacher at a time.)"
+        )
+    for name in folders:
+        if not (Path(name) / "fastdiff.json").is_file() and not (Path(name) / "model_index.json").is_file():
+            from fastdiff.eval.sources import image_folder
+
+            if image_folder(name):
+                raise UserError(
+                    f"{name} is a folder of images, whose scores need a protocol: give --protocol, such as clean, with --reference."
+                )
 
 
 def read_prompts_of(path: Path | None) -> list[str] | None:
@@ -197,6 +227,7 @@ def _measured(chosen: Options, measuring: Measuring, scoring: Scoring) -> "tuple
     if scoring.protocol:
         if not chosen.pipelines:
             raise UserError("nothing to evaluate; give one or more folders, hub ids, or `fashion`.")
+        check_steps(measuring.teacher_steps)
         return protocol_rows(
             list(dict.fromkeys(chosen.pipelines)),
             scoring,

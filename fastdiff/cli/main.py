@@ -15,13 +15,14 @@ from fastdiff.errors import UserError
 
 COMMANDS = {
     "distill": "train a student of few steps, save it for plain diffusers, measure it beside its teacher",
+    "distill-multi": "train several students, each for a part of the prompts, and save one pipeline that routes to them",
     "plan": "say beforehand what a run takes: bytes, network calls, noise, and whether it fits together",
     "sample": "draw images from a saved pipeline into a grid",
     "eval": "measure pipelines side by side: quality, network calls, latency, memory",
     "certify": "train methods on laws known in closed form until they recover them",
     "methods": "list the distillation methods with their papers",
 }
-_MODULES = {"eval": "evaluate"}
+_MODULES = {"eval": "evaluate", "distill-multi": "distill_multi"}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -44,7 +45,7 @@ def explain(error: Exception) -> str | None:
     """One line for what a user can cause and repair; None for everything else."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return text
+        return " ".join(error.command.split())
     if "No space left on device" in text or (isinstance(error, OSError) and error.errno in _DISK_FULL):
         return f"the disk is full ({text}); what was complete before is kept. Free some space or choose another --output."
     if isinstance(error, OSError):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,14 +15,44 @@ from fastdiff.errors import UserError
 T = TypeVar("T")
 
 
+#: What other programs call an option, and its name here: no spelling is near.
+SYNONYMS = {
+    "learning_rate": "lr",
+    "iterations": "max_steps",
+    "num_train_steps": "max_steps",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "num_inference_steps": "steps",
+    "cfg": "guidance_scale",
+    "model": "teacher",
+}
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown word: its nearest neighbour, if there is one."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    """The end of a sentence about an unknown word: its synonym or nearest neighbour, if there is one."""
+    names = list(known)
+    near = synonyms(word, names) or difflib.get_close_matches(word, names, n=1)
     return f", did you mean '{near[0]}'?" if near else "."
 
 
+def synonyms(word: str, known: Iterable[str]) -> list[str]:
+    """The known options that ``word`` may mean by ``SYNONYMS``: that name itself, or those that end in it (``fake_score_lr``)."""
+    names, meant = list(known), SYNONYMS.get(word.replace("-", "_"))
+    if meant is None or word in names:
+        return []
+    return [meant] if meant in names else [name for name in names if name.endswith(f"_{meant}")]
+
+
 def parse(options: Callable[..., T], argv: Sequence[str], *, command: str, description: str) -> T:
-    """Call ``options`` with its dataclass arguments filled from ``argv``; a wrong option ends in exit code 2."""
+    """Call ``options`` with its dataclass arguments filled from ``argv``; a wrong option ends in exit code 2.
+
+    ``UserError`` for the name that another program has for an option of these.
+    """
+    known = field_names(*(parameter.annotation for parameter in inspect.signature(options).parameters.values()))
+    for word in argv:
+        name = word.partition("=")[0]
+        if name.startswith("--") and (near := synonyms(name[2:].replace("-", "_"), known)):
+            raise UserError(f"no option {name}, did you mean --{near[0].replace('_', '-')}?")
     return tyro.cli(options, args=argv, prog=f"fastdiff {command}", description=description, config=(tyro.conf.OmitArgPrefixes,))
 
 

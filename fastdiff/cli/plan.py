@@ -1,7 +1,8 @@
 """``fastdiff plan [METHOD]``: what ``fastdiff distill`` with the same options would take, and whether it would start.
 
 Nothing is trained and no weights are read: a teacher of any size is planned from its config files. Exit code 2 says that the
-run would be refused; the reasons stand at the end.
+run would be refused; the reasons stand at the end. Most of its seconds are the import of torch and of diffusers' pipeline classes,
+which it builds the networks from.
 """
 
 import json

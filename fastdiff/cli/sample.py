@@ -3,10 +3,11 @@
 A student needs no further option: its folder knows its steps. A teacher takes its pipeline's own defaults unless told.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -34,6 +35,12 @@ class Options:
     """Inference steps; not needed for a student."""
     guidance_scale: float | None = None
     """Classifier-free guidance, 1 is off; not needed for a student."""
+    negative_prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """What not to draw, for students that run without guidance; it costs no network call."""
+    negative_rule: Literal["nasa", "nag"] = "nasa"
+    """How attention steers away: nasa subtracts, nag extrapolates with a bound."""
+    negative_scale: float | None = None
+    """Strength; off at 0 (nasa) and 1 (nag); without it 0.1 and 5."""
     seed: int = 0
     """Seed of the noise; each image has its own, as in `fastdiff eval`."""
     batch_size: int = 16
@@ -52,8 +59,22 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    if options.negative_prompt is None and options.negative_scale is not None:
+        raise UserError(f"--negative-scale is {options.negative_scale} and there is no --negative-prompt to steer away from.")
     if Image.registered_extensions().get(options.output.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--output {options.output} does not end like an image file; use a name such as grid.png.")
+
+
+def check_student(pipeline: str, steps: int | None) -> None:
+    """Refuse other steps of a student that has one, which its scheduler makes whatever is asked for."""
+    note = Path(pipeline) / "fastdiff.json"
+    if steps in (None, 1) or not note.is_file():
+        return
+    if json.loads(note.read_text(encoding="utf-8")).get("num_inference_steps") == 1:
+        raise UserError(
+            f"{pipeline} is a student of one step, and --steps {steps} would change nothing: leave --steps out, or draw from its "
+            "teacher."
+        )
 
 
 def draw(pipeline: Any, options: Options) -> "Tensor":
@@ -65,11 +86,35 @@ def draw(pipeline: Any, options: Options) -> "Tensor":
     chosen = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
     call = {name: value for name, value in chosen.items() if value is not None}
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
+    pipeline_call = _steered(pipeline, options)
     images = []
     for ids in torch.arange(len(prompts)).split(options.batch_size):
         noise = generators(options.seed, ids.tolist())
-        images.append(pipeline([prompts[i] for i in ids], generator=noise, output_type="pt", **call).images)
+        images.append(pipeline_call([prompts[i] for i in ids], generator=noise, output_type="pt", **call).images)
     return torch.cat(images)
+
+
+def _steered(pipeline: Any, options: Options) -> Callable[..., Any]:
+    """The pipeline's call, or one that steers away from the negative prompt."""
+    from fastdiff.pipelines.negative import draw, steering
+
+    negative = options.negative_prompt
+    if negative is None:
+        return pipeline
+    try:
+        rule = steering(options.negative_rule, options.negative_scale)
+    except ValueError as error:
+        raise UserError(f"--negative-scale: {error}") from error
+
+    def call(prompts: list[str], **chosen: Any) -> Any:
+        if rule is None:
+            return pipeline(prompts, **chosen)
+        try:
+            return draw(pipeline, prompts, negative, rule, **chosen)
+        except ValueError as error:
+            raise UserError(f"--negative-prompt: {error}") from error
+
+    return call
 
 
 def run(argv: Sequence[str]) -> int:
@@ -80,6 +125,7 @@ def run(argv: Sequence[str]) -> int:
 
     chosen = parse(options, argv, command="sample", description="Draw images from a saved pipeline into a grid.")
     check(chosen)
+    check_student(chosen.pipeline, chosen.steps)
     from fastdiff.data.images import save_grid
     from fastdiff.files import aside
 

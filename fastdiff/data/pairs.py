@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdiff.data.prompts import PromptTable, cycled
 from fastdiff.diffusion.prediction import Prediction
+from fastdiff.diffusion.process import LEVELS, DiscreteVP
 from fastdiff.diffusion.solvers import SOLVERS, trailing_times
 from fastdiff.errors import UserError
 from fastdiff.files import aside
@@ -85,14 +86,14 @@ def make_pairs(
 
     ``progress`` is told how many were made since it was last called.
     """
-    if num_inference_steps > int(teacher.process.t_max) + 1:
-        raise UserError(
-            f"pairs of {num_inference_steps} steps, and {teacher.name} has {int(teacher.process.t_max) + 1} times: ask for fewer."
-        )
+    rows = int(teacher.process.t_max) + 1 if isinstance(teacher.process, DiscreteVP) else LEVELS
+    if num_inference_steps > rows:
+        raise UserError(f"pairs of {num_inference_steps} steps, and {teacher.name} has {rows} times: ask for fewer.")
     generator = torch.Generator().manual_seed(seed)
     index = cycled(len(prompts), n, generator)
     noise = torch.randn(n, *teacher.latent_shape, generator=generator)
-    times = trailing_times(int(teacher.process.t_max) + 1, num_inference_steps)
+    times = teacher.process.at_level(torch.tensor(trailing_times(LEVELS, num_inference_steps)))
+    scale = teacher.process.initial_scale
     results = []
     for part, z in zip(index.split(batch_size), noise.split(batch_size), strict=True):
         cond, null = prompts.conditions(part), repeat(teacher.null, len(part))
@@ -100,6 +101,6 @@ def make_pairs(
         def denoise(x: Tensor, t: Tensor, cond: Any = cond, null: Any = null) -> Prediction:
             return teacher.denoiser.guided(x, t, cond, null, guidance_scale)
 
-        results.append(SOLVERS[solver](denoise, z.to(teacher.device), times).float().cpu())
+        results.append(SOLVERS[solver](denoise, scale * z.to(teacher.device), times).float().cpu())
         progress(len(part))
     return Pairs(noise, torch.cat(results), index)

@@ -43,10 +43,16 @@ def read_prompts(source: str | Path | Sequence[str] | None, teacher: Teacher) ->
 
 
 class PromptTable:
-    """Prompts with their conditions; up to ``cached`` prompts are encoded once, more are encoded batch by batch."""
+    """Prompts with their conditions; up to ``cached`` prompts are encoded once, more are encoded batch by batch.
 
-    def __init__(self, prompts: list[str], teacher: Teacher, *, cached: int = 8192) -> None:
+    ``part`` are the rows that a batch draws its conditions from, where that is not all of them.
+    """
+
+    def __init__(self, prompts: list[str], teacher: Teacher, *, part: Sequence[int] | None = None, cached: int = 8192) -> None:
         self.prompts, self.teacher, self._table = prompts, teacher, None
+        self.part = None if part is None else torch.tensor(list(part), dtype=torch.long)
+        if self.part is not None and not (len(self.part) and self.part.min() >= 0 and self.part.max() < len(prompts)):
+            raise UserError(f"the part {list(part or ())[:8]} is no set of rows of {len(prompts)} prompts: nothing could be drawn.")
         if len(prompts) <= cached:
             chunks = [prompts[i : i + 256] for i in range(0, len(prompts), 256)]
             self._table = concat(*(teacher.encode(chunk) for chunk in chunks))
@@ -57,6 +63,15 @@ class PromptTable:
     def hash(self) -> str:
         """SHA-256 of the prompts in their order."""
         return hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
+
+    @property
+    def drawable(self) -> int:
+        """How many prompts a batch draws from."""
+        return len(self.prompts) if self.part is None else len(self.part)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The prompts that indices below ``drawable`` stand for."""
+        return index if self.part is None else self.part[index.to(self.part.device)]
 
     @property
     def nbytes(self) -> int:

@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LEVELS = 1000
+"""Training levels of every process, as papers count them: t ~ U{20..980} is of these."""
+
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """Per-sample values [B] (or a scalar) shaped [B, 1, ...] to broadcast over ``like`` [B, ...], in its dtype and device."""
@@ -61,6 +64,10 @@ class NoiseProcess(ABC):
     def network_time(self, t: Tensor) -> Tensor:
         """The number a network trained under this process expects as its time input."""
         return t
+
+    def at_level(self, level: Tensor) -> Tensor:
+        """The time of a training level 0..999: ``(level + 1) / 1000`` of ``t_max``, so never 0, where no noise is left."""
+        return self.t_max * (_double(level) + 1) / LEVELS
 
     def nsr(self, t: Tensor) -> Tensor:
         """Noise-to-signal ratio ``r = sigma / alpha``; infinite where there is no signal."""
@@ -111,6 +118,10 @@ class DiscreteVP(NoiseProcess):
 
     def sigma(self, t: Tensor) -> Tensor:
         return self._at(self._sigma, t)
+
+    def at_level(self, level: Tensor) -> Tensor:
+        """The row, int64: the level itself where there are 1000 rows, else the nearest share of them."""
+        return (_double(level) * self.t_max / (LEVELS - 1)).round().long()
 
     def dalpha(self, t: Tensor) -> Tensor:
         """Of the continuous view, at the rows; refused at a last row without signal, which that view does not reach."""
@@ -169,6 +180,10 @@ class ContinuousVP(NoiseProcess):
         slope = self._log_nsr[row + 1] - self._log_nsr[row]
         return self._log_nsr[row] + (t - row) * slope, slope
 
+    def at_level(self, level: Tensor) -> Tensor:
+        """The row as a real time."""
+        return _double(level) * self.t_max / (LEVELS - 1)
+
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sigmoid(-2 * self._at(t)[0]).sqrt()
 
@@ -194,6 +209,12 @@ class EDM(NoiseProcess):
 
     def __init__(self, *, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5) -> None:
         self.t_min, self.t_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+
+    def at_level(self, level: Tensor) -> Tensor:
+        """Karras's grid with rho 7, rising (DMD2, EDM's equation 5)."""
+        low, high = (end ** (1 / 7) for end in (self.t_min, self.t_max))
+        share = _double(level) / (LEVELS - 1)
+        return torch.pow(low + share * (high - low), 7)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(_double(t))

@@ -35,10 +35,14 @@ def twins(images: Tensor, *, bits: int = 2, colour: float = 0.02, block: int = 2
         colour: how much the mean of any channel may differ.
         block: rows compared at a time with all before them.
     """
-    signs = torch.cat([perceptual_hash(part) for part in images.split(block)]).float() * 2 - 1
-    means = images.float().mean(dim=(2, 3))
-    found = []
-    for start in range(0, len(images), block):
+    hashes = torch.cat([perceptual_hash(part) for part in images.split(block)])
+    return alike(hashes, images.float().mean(dim=(2, 3)), bits=bits, colour=colour, block=block)
+
+
+def alike(hashes: Tensor, means: Tensor, *, bits: int = 2, colour: float = 0.02, block: int = 2048) -> Tensor:
+    """``twins`` of images known by their hashes [N, 64] and the means [N, 3] of their channels."""
+    signs, found = hashes.float() * 2 - 1, []
+    for start in range(0, len(signs), block):
         rows, earlier = slice(start, start + block), slice(0, start + block)
         same = 64 - signs[rows] @ signs[earlier].T <= 2 * bits  # each bit that differs takes two off the product
         for channel in means.unbind(dim=1):

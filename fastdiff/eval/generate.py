@@ -93,6 +93,7 @@ def settings_of(subject: Subject, prompts: Sequence[str], seed: int) -> dict[str
         "resolution": None if subject.resolution is None else list(subject.resolution),
         "noise": "image",
         "image": "png, 8 bits, rounded",
+        **({} if subject.scheduler == "" else {"scheduler": subject.scheduler}),  # none in the header of older folders
     }
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastdiff.errors import UserError
 from fastdiff.eval.bank import FeatureBank, assemble, missing, write_shard
 from fastdiff.eval.extractor import FeatureExtractor
+from fastdiff.eval.looks import WIDTH, looks
 from fastdiff.eval.reference import source_hash
 from fastdiff.files import aside
 
@@ -65,6 +66,11 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def source(self) -> str:
+        """SHA-256 of all files and their names (``source_hash``); they are read for it each time."""
+        return source_hash(self.files, self.path)
+
     def levels(self, i: int) -> Tensor:
         """Image ``i`` as whole levels [3, H, W] in [0, 255], float32, a view of [H, W, 3]."""
         file = self.files[i]
@@ -96,6 +102,7 @@ def features_of_folder(
     batch_size: int = 32,
     bank: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
+    looked: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Features [N, dim] of all images in the order of ``folder.files``, on the CPU; equal to ``extractor.features`` of them.
 
@@ -104,6 +111,7 @@ def features_of_folder(
         batch_size: images a call of the network. Shared memory holds (2 workers + 1) batches of its input in float32.
         bank: a folder that keeps them as a ``FeatureBank`` with the column ``class``; an interrupted run goes on there.
         progress: called with the number of images just done.
+        looked: called with the ``looks`` [b, 72] of the images just done, as their files are; the workers make them.
 
     Images may differ in size where the preprocess resizes. ``UserError`` for files that cannot be used, or a bank of other
     images or of another extractor.
@@ -111,7 +119,7 @@ def features_of_folder(
     images = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
 
     def extracted(ids: Tensor) -> Iterator[Tensor]:
-        for levels in prepared(images, extractor, ids, workers=workers, batch_size=batch_size):
+        for levels in prepared(images, extractor, ids, workers=workers, batch_size=batch_size, looked=looked):
             yield extractor.of_levels(levels).cpu()
             if progress:
                 progress(len(levels))
@@ -127,14 +135,22 @@ def features_of_folder(
 
 
 def prepared(
-    folder: ImageFolder, extractor: FeatureExtractor, ids: Tensor, *, workers: int = 2, batch_size: int = 32
+    folder: ImageFolder,
+    extractor: FeatureExtractor,
+    ids: Tensor,
+    *,
+    workers: int = 2,
+    batch_size: int = 32,
+    looked: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """Batches of the network's input [b, 3, h, w] of the images ``ids``, in order; each is overwritten after the next is taken."""
     slots = min(_AHEAD * workers + 1, -(-len(ids) // batch_size))
     dataset, free = _Prepared(folder, extractor, int(ids[0])), deque(range(slots))
     dataset.buffers = torch.empty(slots, min(batch_size, len(ids)), *dataset.row(dataset.first).shape)
+    dataset.looks = torch.empty(slots, min(batch_size, len(ids)), 0 if looked is None else WIDTH, dtype=torch.float64)
     if workers:
         dataset.buffers.share_memory_()
+        dataset.looks.share_memory_()
 
     def tasks() -> Iterator[tuple[int, list[int]]]:
         for part in ids.split(batch_size):
@@ -145,20 +161,28 @@ def prepared(
     for slot, count, error in loader:
         if error is not None:
             raise error
+        if looked is not None:
+            looked(dataset.looks[slot, :count].clone())
         yield dataset.buffers[slot, :count]
         free.append(slot)
 
 
 class _Prepared(Dataset[tuple[int, int, UserError | None]]):
-    """Fills a slot of ``buffers`` [slots, b, 3, h, w] with the images of a task; errors come back whole, not as a traceback."""
+    """Fills a slot of ``buffers`` [slots, b, 3, h, w] with the images of a task; errors come back whole, not as a traceback.
+
+    ``looks`` [slots, b, 72] is filled too, unless it has no columns.
+    """
 
     buffers: Tensor
+    looks: Tensor
 
     def __init__(self, folder: ImageFolder, extractor: FeatureExtractor, first: int) -> None:
         self.folder, self.preprocess, self.size, self.first = folder, extractor.preprocess, extractor.size, first
 
-    def row(self, i: int) -> Tensor:
+    def row(self, i: int, look: Tensor | None = None) -> Tensor:
         levels = self.folder.levels(i)
+        if look is not None and len(look):
+            look.copy_(looks(levels[None] / 255)[0])
         try:
             return self.preprocess.resize(levels[None], self.size)[0]
         except ValueError as error:
@@ -167,8 +191,8 @@ class _Prepared(Dataset[tuple[int, int, UserError | None]]):
     def __getitem__(self, task: tuple[int, list[int]]) -> tuple[int, int, UserError | None]:
         slot, ids = task
         try:
-            for target, i in zip(self.buffers[slot], ids, strict=False):
-                found = self.row(i)
+            for target, look, i in zip(self.buffers[slot], self.looks[slot], ids, strict=False):
+                found = self.row(i, look)
                 _same_size(target, found, self.folder.files[self.first], self.folder.files[i])
                 target.copy_(found)
         except UserError as error:
@@ -193,7 +217,7 @@ def _natural(name: str) -> tuple[list[Any], str]:
 
 def _bank_of(folder: ImageFolder, extractor: FeatureExtractor, path: Path) -> Path:
     """``path``, whose ``source.txt`` says which images and which extractor its features are of."""
-    stamp, source = path / "source.txt", f"{source_hash(folder.files)} {extractor.id}\n"
+    stamp, source = path / "source.txt", f"{folder.source} {extractor.id}\n"
     if stamp.is_file() and stamp.read_text() != source:
         raise UserError(f"{path} keeps features of other images or of another extractor than {extractor.id}: take a new folder.")
     with aside(stamp) as part:

@@ -186,6 +186,26 @@ def inception(
     )
 
 
+def has_logits(extractor: FeatureExtractor) -> bool:
+    """Whether the pooled features of ``extractor`` become logits by a last layer that is at hand."""
+    network = getattr(extractor.network, "network", None)
+    return extractor.name == INCEPTION and extractor.layer == "pool" and isinstance(network, Inception)
+
+
+def logits_of(extractor: FeatureExtractor, pooled: Tensor) -> Tensor:
+    """Logits [N, 1008] without the bias of ``pooled`` features [N, 2048]: the layer ``logits_unbiased`` without another pass.
+
+    ``UserError`` where ``has_logits`` says that there are none.
+    """
+    if not has_logits(extractor):
+        raise UserError(
+            f"the Inception score needs the classes of {INCEPTION}, and {extractor.id} has no last layer at hand (a TorchScript "
+            f"gives the pool layer only): take the weights {WEIGHTS.names[0]}, or leave the score out."
+        )
+    network: Any = extractor.network
+    return F.linear(pooled, network.network.fc.weight.to(pooled))
+
+
 def _module(file: Path, layer: str) -> nn.Module:
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file

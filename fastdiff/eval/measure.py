@@ -5,7 +5,6 @@
 >>> measured.result.row(), measured.result.warnings, measured.protocol.label("FID")
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,42 +17,20 @@ from fastdiff.errors import UserError
 from fastdiff.eval.clip import ClipScore, reduce
 from fastdiff.eval.cost import latency
 from fastdiff.eval.evaluate import Result
-from fastdiff.eval.extractor import FeatureExtractor
-from fastdiff.eval.extractors import EXTRACTORS, load_extractor
-from fastdiff.eval.frechet import covariance_factor, frechet
+from fastdiff.eval.frechet import frechet
 from fastdiff.eval.generate import generate
 from fastdiff.eval.generation import HEADER, Generation
 from fastdiff.eval.images import ImageFolder, features_of_folder
-from fastdiff.eval.preprocess import Preprocess
+from fastdiff.eval.instruments import Instruments
+from fastdiff.eval.kept import read_row, write_row
 from fastdiff.eval.protocol import Protocol
-from fastdiff.eval.reference import read_reference, source_hash
-from fastdiff.eval.sanity import enforce, feature_gates, file_gates, image_gates
-from fastdiff.eval.scores import FeatureReference, Scores, feature_scores
+from fastdiff.eval.sanity import enforce, feature_gates, file_gates, look_gates
+from fastdiff.eval.scores import Scores, feature_scores
 from fastdiff.eval.stats import Stats
 from fastdiff.eval.subject import Subject, prompts_hash
-from fastdiff.eval.weights import sha256
 
 SHOWN = 64
-"""Images that are kept for a picture and looked at by the gates on pixels."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Instruments:
-    """What a protocol's scores are measured with."""
-
-    protocol: Protocol
-    extractor: FeatureExtractor
-    reference: FeatureReference
-    reference_sha256: str = ""
-    """Of the reference's file, or of the names and sizes of a folder's images; part of the protocol that is reported."""
-    patch: "Instruments | None" = None
-    """Of a second Frechet distance, of full-resolution patches, where the protocol has one and the reference is images."""
-    clip: ClipScore | None = None
-
-    @property
-    def label(self) -> str:
-        """What its Frechet distance is called: ``FID[clean]`` or ``FD[name]``."""
-        return self.extractor.label
+"""Images that are kept for a picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,102 +39,8 @@ class Measured:
 
     result: Result
     protocol: Protocol
-
-
-def _clip_score(protocol: Protocol, folder: str | Path) -> ClipScore:
-    clamp = {"": "per_sample", "per_sample": "per_sample", "mean": "mean", "none": "none"}[protocol.clip_clamp]
-    scale = 100.0 if protocol.clip_scale is None else protocol.clip_scale
-    try:
-        return ClipScore(folder, prefix=protocol.clip_prefix, scale=scale, clamp=clamp, prepare="crop")  # type: ignore[arg-type]
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def open_extractor(protocol: Protocol, *, weights: str | Path | None = None, reference: bool = False) -> FeatureExtractor:
-    """The protocol's extractor with its preprocess, or that of its reference images.
-
-    A protocol's ``:truncate`` is not repeated: generated images are files of rounded levels, and what is reported says so.
-
-    Args:
-        weights: a file or folder of the extractor's weights, where it takes one.
-
-    Raises:
-        UserError: the extractor is unknown, its weights are absent, or it takes none and some were given.
-    """
-    name = protocol.extractor
-    if name not in EXTRACTORS:
-        raise UserError(f"{protocol.name} asks for the extractor {name!r}: expected one of {', '.join(EXTRACTORS)}.")
-    takes = inspect.signature(EXTRACTORS[name]).parameters
-    chosen = protocol.reference_preprocess if reference and protocol.reference_preprocess else protocol.preprocess
-    chosen = chosen.removesuffix(":truncate")  # images are read from files, which hold rounded levels already
-    options = {key: value for key, value in {"preprocess": chosen, "layer": protocol.layer}.items() if key in takes}
-    if weights is not None:
-        key = next((key for key in ("weights", "folder", "model") if key in takes), "")
-        if not key:
-            raise UserError(f"the extractor {name} has its weights from nowhere: --weights {weights} would change nothing.")
-        options[key] = str(weights)
-    extractor = load_extractor(name, **options)
-    if extractor.preprocess.id != Preprocess.parse(chosen).id:
-        raise UserError(
-            f"{protocol.name} prepares images by {chosen}, and the extractor {name} does it by {extractor.preprocess.id} alone: "
-            "its scores would be of another protocol. Name that one in the protocol."
-        )
-    return extractor
-
-
-def open_instruments(
-    protocol: Protocol,
-    *,
-    reference: str | Path,
-    weights: str | Path | None = None,
-    clip: str | Path | None = None,
-    workers: int = 2,
-    batch_size: int = 32,
-) -> Instruments:
-    """The extractor and the reference of a protocol.
-
-    Args:
-        reference: statistics in any form that ``read_reference`` takes, or a folder of images; with a folder come the scores
-            that need the reference's own features, and class names where its subfolders are classes.
-        weights: of the extractor.
-        clip: a folder of the protocol's CLIP model, for a CLIP score by its prefix, scale and clamp; its images are cropped as CLIP
-            does. (DMD2 puts the prefix in at token level; here it is part of the text.)
-
-    Raises:
-        UserError: an extractor or reference that is not there, or a reference of another extractor.
-    """
-    extractor, scorer = open_extractor(protocol, weights=weights), None if clip is None else _clip_score(protocol, clip)
-    if Path(reference).is_dir():
-        folder = ImageFolder(reference)
-        own = open_extractor(protocol, weights=weights, reference=True)
-        if len(folder) < 2:
-            raise UserError(f"{reference} holds {len(folder)} image: a reference needs two or more.")
-        features = features_of_folder(folder, own, workers=workers, batch_size=batch_size)
-        groups = [] if folder.labels is None else [folder.classes[i] for i in folder.labels.tolist()]
-        stats = Stats.of(features, extractor=extractor.id)
-        patch = None
-        if protocol.patch_preprocess:
-            options: dict[str, Any] = {"weights": weights, "workers": workers, "batch_size": batch_size}
-            patch = open_instruments(_patches(protocol), reference=reference, **options)
-        measured = FeatureReference.of(stats, features=features, groups=groups)
-        return Instruments(
-            protocol=protocol,
-            extractor=extractor,
-            reference=measured,
-            reference_sha256=source_hash(folder.files),
-            patch=patch,
-            clip=scorer,
-        )
-    found = read_reference(reference, extractor=extractor.id)
-    root = found.sqrt_sigma if found.sqrt_sigma is not None else covariance_factor(found.stats)
-    measured = FeatureReference(stats=found.stats, root=root)
-    digest = sha256(Path(reference))
-    return Instruments(protocol=protocol, extractor=extractor, reference=measured, reference_sha256=digest, clip=scorer)
-
-
-def _patches(protocol: Protocol) -> Protocol:
-    """The protocol of the second distance: patches of generated images and reference alike."""
-    return protocol.replace(preprocess=protocol.patch_preprocess, reference_preprocess="", patch_preprocess="")
+    kept: bool = False
+    """It was read from the file of a finished row."""
 
 
 def measure(
@@ -172,6 +55,7 @@ def measure(
     workers: int = 2,
     repeats: int = 5,
     progress: Callable[[int], None] | None = None,
+    keep: str | Path | None = None,
 ) -> Measured:
     """Draw what ``folder`` misses, extract, score.
 
@@ -181,6 +65,7 @@ def measure(
         groups: the class of each image, for a distance of each class.
         repeats: timed single images; none for images that are there already.
         progress: called with the number of images just drawn.
+        keep: a file of the finished row (``kept``): written, and read in place of a measurement that it is of.
 
     Raises:
         UserError: the folder holds other images, or not as many as there are prompts.
@@ -193,10 +78,13 @@ def measure(
     if len(images) != len(prompts):
         raise UserError(f"{folder} holds {len(images)} images, and the evaluation is of {len(prompts)}: give as many prompts.")
     shown = images(torch.arange(min(SHOWN, len(images))))
-    findings = [*image_gates(shown), *file_gates(images.files)]
-    enforce(findings)
-    features = features_of_folder(images, instruments.extractor, workers=workers, batch_size=batch_size)
-    findings += feature_gates(features)
+    key = {} if keep is None else _key(subject, prompts, images, instruments, groups, repeats)
+    if keep is not None and (kept := read_row(keep, key, images=shown, prompts=list(prompts[: len(shown)]))):
+        return Measured(result=kept[0], protocol=kept[1], kept=True)
+    seen: list[Tensor] = []
+    features = features_of_folder(images, instruments.extractor, workers=workers, batch_size=batch_size, looked=seen.append)
+    findings = [*look_gates(torch.cat(seen)), *file_gates(images.files), *feature_gates(features)]
+    warnings = tuple(enforce(findings))
     scores = _scores(features, images, prompts, instruments, groups, workers=workers, batch_size=batch_size)
     cost = dict(Generation.open(folder).known if subject.stored is None else subject.known)
     if subject.stored is None and repeats:
@@ -208,7 +96,7 @@ def measure(
         metrics=scores.values,
         groups=scores.groups,
         features=scores.features,
-        warnings=tuple(enforce(findings)),
+        warnings=warnings,
         steps=subject.steps,
         guidance_scale=subject.guidance_scale,
         images=shown,
@@ -218,7 +106,26 @@ def measure(
     real = instruments.protocol.replace(
         n=len(images), prompts_sha256=prompts_hash(prompts), **_done(instruments, subject, folder, seed, shown)
     )
+    if keep is not None:
+        write_row(keep, key, result, real)
     return Measured(result=result, protocol=real)
+
+
+def _key(
+    subject: Subject, prompts: Sequence[str], images: ImageFolder, instruments: Instruments, groups: Sequence[str], repeats: int
+) -> dict[str, Any]:
+    """All that decides a row."""
+    made = Generation.open(images.path).settings if (images.path / HEADER).is_file() else None
+    timed = None if subject.stored is not None else {"device": str(subject.device), "repeats": repeats}
+    return {
+        "model": subject.name,
+        "images": images.source,
+        "generation": made,
+        "cost": timed,
+        "prompts": prompts_hash(prompts),
+        "groups": prompts_hash(groups),
+        "instruments": instruments.identity,
+    }
 
 
 def _done(instruments: Instruments, subject: Subject, folder: str | Path, seed: int, shown: Tensor) -> dict[str, Any]:
@@ -235,11 +142,11 @@ def _done(instruments: Instruments, subject: Subject, folder: str | Path, seed: 
         **dict(zip(("clip_model", "clip_prefix", "clip_scale", "clip_clamp"), clip, strict=True)),
         "resolution": side,
         "output_range": "files of 8 bits, rounded",
-        "scheduler": "",
+        "scheduler": instruments.protocol.scheduler if subject.scheduler is None else subject.scheduler,
         "preprocess": instruments.extractor.preprocess.id,
         "patch_preprocess": "" if instruments.patch is None else instruments.protocol.patch_preprocess,
         "ddof": 1,
-        "inception_splits": "",
+        "inception_splits": next((f.about for f in instruments.further if f.name == "Inception score"), ""),
         "reference_sha256": instruments.reference_sha256,
     }
 
@@ -265,6 +172,8 @@ def _scores(
         scores |= {"fd_patch": found.value, "fd_patch_se": found.se}
     if instruments.clip is not None:
         scores |= _clip(instruments.clip, images, prompts, batch_size)
+    for further in instruments.further:
+        scores |= further.score(features, images, workers=workers, batch_size=batch_size)
     return scores
 
 

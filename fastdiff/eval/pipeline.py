@@ -9,7 +9,7 @@ start from the same noise; the same generators go on to the pipeline, whose sche
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +73,21 @@ def pipeline_subject(
     resolution: int | None = None,
     files: Iterable[str | Path] = (),
 ) -> Subject:
-    """A diffusers image pipeline as a subject; without steps and guidance it is called bare.
+    """A diffusers image pipeline as a subject; without steps and guidance it is called bare, and says what it took.
 
     One image is drawn at once: it tells the steps of a bare call, whether it guides, and the size of an image.
 
     Args:
-        resolution: side of the images in pixels; None is the pipeline's own.
+        resolution: side of the images in pixels; None is the pipeline's own. A pipeline that takes no size must have that one.
         files: what the pipeline was loaded from, for its size on disk.
 
     Raises:
-        UserError: the pipeline takes no such option, or nothing that says what to draw.
+        UserError: the pipeline takes no such option, draws another size, or takes nothing that says what to draw.
     """
     network: Any = network_of(pipeline)
     takes = inspect.signature(pipeline.__call__).parameters
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": resolution, "width": resolution}
+    asked = resolution if {"height", "width"} <= set(takes) else None
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": asked, "width": asked}
     chosen = {key: value for key, value in options.items() if value is not None}
     if unknown := [key for key in chosen if key not in takes]:
         raise UserError(f"{name} is a {type(pipeline).__name__}, whose call takes no {', '.join(unknown)}: leave it out.")
@@ -96,15 +97,18 @@ def pipeline_subject(
     def generate(prompts: list[str], generators: list[torch.Generator]) -> Tensor:
         call = {**condition(pipeline, prompts), **chosen, "generator": generators, "output_type": "pt" if tensors else "np"}
         if own_shape:
-            call["latents"] = initial_latents(pipeline, generators, resolution=resolution)
+            call["latents"] = initial_latents(pipeline, generators, resolution=asked)
         images = pipeline(**call).images
         return images.float().cpu() if tensors else torch.from_numpy(images).float().permute(0, 3, 1, 2)
 
     pipeline.set_progress_bar_config(disable=True)
     with count_calls(network) as calls:
         probe = generate([""] if "prompt" in takes or "batch_size" in takes else ["0"], generators(0, [0]))
-    if guidance_scale is None and calls.samples == calls.forwards:
-        guidance_scale = 1.0
+    if resolution is not None and tuple(probe.shape[-2:]) != (resolution, resolution):
+        drawn = f"{probe.shape[-2]}x{probe.shape[-1]}"
+        raise UserError(f"{name} is a {type(pipeline).__name__}, whose images are {drawn} and not of {resolution} pixels a side.")
+    if guidance_scale is None:
+        guidance_scale = 1.0 if calls.samples == calls.forwards else _default_guidance(takes)
     steps = steps or calls.forwards
     return Subject(
         name=f"{name} ({steps} step{'' if steps == 1 else 's'})",
@@ -118,3 +122,9 @@ def pipeline_subject(
         resolution=(probe.shape[-2], probe.shape[-1]),
         device=pipeline.device,
     )
+
+
+def _default_guidance(takes: Mapping[str, inspect.Parameter]) -> float | None:
+    """The guidance of a bare call that guides; None where the call does not say."""
+    value = takes["guidance_scale"].default if "guidance_scale" in takes else None
+    return float(value) if isinstance(value, int | float) else None

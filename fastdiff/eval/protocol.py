@@ -64,6 +64,7 @@ class Protocol:
     steps: int | None = None
     guidance_scale: float | None = None
     scheduler: str = ""
+    """A class of diffusers in the place of the saved one; of all pipelines but students, as ``steps`` and ``guidance_scale``."""
 
     preprocess: str
     """``Preprocess.id``: crop, resize and rounding of the generated images."""

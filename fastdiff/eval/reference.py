@@ -31,6 +31,7 @@ from fastdiff._version import __version__
 from fastdiff.errors import UserError
 from fastdiff.eval.frechet import covariance_root
 from fastdiff.eval.stats import Stats
+from fastdiff.eval.weights import sha256
 from fastdiff.files import aside
 
 FORMAT = "fastdiff-reference-1"
@@ -101,10 +102,17 @@ def write_reference(path: str | Path, stats: Stats, *, source: str = "", **facts
         np.savez(part, n=stats.n, ddof=1, header=np.array(json.dumps(header)), allow_pickle=False, **arrays)
 
 
-def source_hash(files: Iterable[str | Path]) -> str:
-    """SHA-256 of the sorted names and sizes of image files: a changed folder of the same name is another source."""
-    entries = sorted((Path(file).name, Path(file).stat().st_size) for file in files)
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+def source_hash(files: Iterable[str | Path], root: str | Path) -> str:
+    """SHA-256 of the bytes of ``files`` and of their names below ``root``: one changed pixel is another source.
+
+    The digest of the sorted lines ``<SHA-256 of the file>  <name>``, as ``sha256sum`` prints them, in the order of the names. Every
+    file is read once, a block at a time.
+    """
+    names = sorted(Path(file).relative_to(root).as_posix() for file in files)
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{sha256(Path(root) / name)}  {name}\n".encode())
+    return digest.hexdigest()
 
 
 def _npz(found: Any, file: Path, extractor: str, force: bool, n: int | None) -> Reference:

@@ -1,19 +1,22 @@
 """What is wrong with a set before it is scored: every gate names what it saw and which number it would falsify.
 
-``image_gates``, ``feature_gates`` and ``file_gates`` return findings; ``enforce`` raises on those that make a score impossible and
-returns the rest as warnings, which belong beside the score.
+``image_gates``, ``look_gates``, ``feature_gates`` and ``file_gates`` return findings; ``enforce`` raises on those that make a score
+impossible and returns the rest as warnings, which belong beside the score.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from fastdiff.eval.duplicates import duplicates
+from fastdiff.eval.duplicates import alike
+from fastdiff.eval.looks import FINITE, FLAT, HASH, HIGHEST, LOWEST, MEAN, looks
 
 MANY = 5
 """Below so many images a feature the bias c / n of FD is large: 10,240 at the 2,048 features of published protocols."""
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -35,38 +38,38 @@ def image_gates(images: Tensor, *, size: tuple[int, int] | None = None, duplicat
     """
     if len(images) < 2:
         return [_few(len(images))]
-    flat = images.flatten(1)
-    broken = ~flat.isfinite().all(dim=1)
+    found = look_gates(torch.cat([looks(part) for part in images.split(_BLOCK)]), duplicate_share=duplicate_share)
+    if size is None or tuple(images.shape[2:]) == size:
+        return found
+    seen = f"{images.shape[2]}x{images.shape[3]}"
+    message = f"images are {seen}, the protocol's {size[0]}x{size[1]}: another resize, another score."
+    return [*found, Finding("size", len(images), message)]
+
+
+def look_gates(rows: Tensor, *, duplicate_share: float = 0.01) -> list[Finding]:
+    """The findings of ``image_gates`` on images that are known by their ``looks`` [N, 72], two or more."""
+    finite = rows[:, FINITE].bool()
     found = []
-    if count := int(broken.sum()):
-        found.append(Finding("nan", count, f"{count} of {len(images)} images are not finite: drop them, or no statistic is."))
-    if size is not None and tuple(images.shape[2:]) != size:
-        seen = f"{images.shape[2]}x{images.shape[3]}"
-        found.append(
-            Finding("size", len(images), f"images are {seen}, the protocol's {size[0]}x{size[1]}: another resize, another score.")
-        )
-    finite, whole = flat[~broken], images[~broken]
-    return found + (_pixel_gates(finite, whole, duplicate_share) if len(finite) else [])
+    if count := int((~finite).sum()):
+        found.append(Finding("nan", count, f"{count} of {len(rows)} images are not finite: drop them, or no statistic is."))
+    return found + (_pixel_gates(rows[finite], duplicate_share) if finite.any() else [])
 
 
-def _pixel_gates(flat: Tensor, images: Tensor, duplicate_share: float) -> list[Finding]:
-    found, n = [], len(flat)
-    low, high = flat.min().item(), flat.max().item()
-    outside = int(((flat < -1e-4) | (flat > 1 + 1e-4)).any(dim=1).sum())
-    if outside:
+def _pixel_gates(rows: Tensor, duplicate_share: float) -> list[Finding]:
+    found, n = [], len(rows)
+    low, high = rows[:, LOWEST].min().item(), rows[:, HIGHEST].max().item()
+    if outside := int(((rows[:, LOWEST] < -1e-4) | (rows[:, HIGHEST] > 1 + 1e-4)).sum()):
         message = f"{outside} of {n} images leave [0, 1] (min {low:.3g}, max {high:.3g}): a missing (x + 1) / 2 or / 255."
         found.append(Finding("range", outside, message))
-    pixels = images.flatten(2)
-    constant = int((pixels.amax(dim=2) - pixels.amin(dim=2) < 1 / 512).all(dim=1).sum())
-    if constant:
+    if constant := int(rows[:, FLAT].sum()):
         found.append(
             Finding("constant", constant, f"{constant} of {n} images are of one colour: a dead decoder or a safety checker.")
         )
-    if n > 1 and (flat == flat[0]).all():
+    if n > 1 and (rows == rows[0]).all():
         found.append(
             Finding("identical", n, f"all {n} images are identical: one seed for all, or a generator that ignores its noise.")
         )
-    elif (count := duplicates(images)) > duplicate_share * n:
+    elif (count := int((alike(rows[:, HASH], rows[:, MEAN]) >= 0).sum())) > duplicate_share * n:
         found.append(
             Finding("duplicates", count, f"{count} of {n} images look like an earlier one ({count / n:.1%}): mode collapse?")
         )

@@ -7,6 +7,7 @@ folder of images.
 """
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def open_source(
     if lora is not None:
         files = [*files, lora_file(lora)] if files else []
     name = name or Path(text).name + ("" if lora is None else f" + {Path(lora).stem}")
-    return pipeline_subject(name, pipeline, steps=steps, guidance_scale=guidance_scale, resolution=resolution, files=files)
+    subject = pipeline_subject(name, pipeline, steps=steps, guidance_scale=guidance_scale, resolution=resolution, files=files)
+    return replace(subject, scheduler=scheduler or (None if is_student(text) else ""))
 
 
 def open_pipeline(
@@ -103,6 +105,11 @@ def image_folder(text: str | Path) -> bool:
         return False
     found = (file for pattern in ("*", "*/*") for file in path.glob(pattern))
     return (path / HEADER).is_file() or any(file.suffix.lower() in SUFFIXES for file in found)
+
+
+def is_student(text: str | Path) -> bool:
+    """Whether ``text`` is the folder of a student that fastdiff wrote."""
+    return (Path(text) / "fastdiff.json").is_file()
 
 
 def local_folder(text: str | Path) -> Path | None:
@@ -175,6 +182,7 @@ def _stored(path: Path, name: str | None) -> Subject:
         count=len(images),
         steps=made.settings["steps"],
         guidance_scale=made.settings["guidance_scale"],
+        scheduler=made.settings.get("scheduler", ""),
         resolution=None if resolution is None else (resolution[0], resolution[1]),
         prompts_sha256=made.settings["prompts_sha256"],
         known=made.known,

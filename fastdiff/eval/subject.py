@@ -45,6 +45,8 @@ class Subject:
     """A hash of everything but prompt and noise that decides an image; None lets the name stand for it."""
     steps: int | None = None
     guidance_scale: float | None = None
+    scheduler: str | None = ""
+    """The class that took the place of the saved scheduler, if one did; None for a student, whose scheduler is part of it."""
     resolution: tuple[int, int] | None = None
     """Height and width of its images in pixels."""
     device: str | torch.device = "cpu"

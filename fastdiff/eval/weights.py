@@ -52,10 +52,7 @@ class WeightFile:
         if path is None and allow_download:
             return self._download(), bool(self.sha256)
         digest = f", SHA-256 {self.sha256[0]}" if self.sha256 else ""
-        raise UserError(
-            f"{self.names[0]} ({self.size}{digest}) is needed and not there. Looked for: {', '.join(map(str, looked))}. Get it "
-            f"from {self.url} and pass weights=PATH or put it into the folder that {FOLDER} names; allow_download=True fetches it."
-        )
+        raise _missing(f"{self.names[0]} ({self.size}{digest})", looked, self.url, "PATH")
 
     def _candidates(self, path: str | Path | None) -> Iterator[Path]:
         if path is not None:
@@ -75,7 +72,9 @@ class WeightFile:
         if found not in self.sha256 and required:
             raise UserError(
                 f"{file} has SHA-256 {found}, but the published file has {' or '.join(self.sha256)}: it is truncated or another "
-                "network. Fetch it again, or pass verify=False to use it under its own name."
+                "network. Fetch it again, or pass verify=False to use it under its own name.",
+                command=f"{file} has SHA-256 {found}, but the published file has {' or '.join(self.sha256)}: it is truncated or "
+                "another network. Fetch it again, or give the published file with --weights.",
             )
         return found in self.sha256
 
@@ -87,6 +86,16 @@ class WeightFile:
             torch.hub.download_url_to_file(self.url, str(part))
             self._published(part, required=True)
         return target
+
+
+def _missing(what: str, looked: Sequence[Path], url: str, kind: str) -> UserError:
+    """The error about weights that are nowhere, in words of Python and of the command line."""
+    said = f"{what} is needed and not there. Looked for: {', '.join(map(str, looked))}. Get it from {url} and"
+    folder = f"put it into the folder that {FOLDER} names"
+    return UserError(
+        f"{said} pass weights={kind} or {folder}; allow_download=True fetches it.",
+        command=f"{said} give --weights {kind}, or {folder}.",
+    )
 
 
 def find_folder(
@@ -115,11 +124,7 @@ def find_folder(
             )
         except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
             looked.append(Path("the Hugging Face cache"))
-    raise UserError(
-        f"the model folder {name!r} is needed and not there. Looked for: {', '.join(map(str, looked))}. Get it from "
-        f"https://huggingface.co/{name} and pass weights=FOLDER or put it into the folder that {FOLDER} names; "
-        "allow_download=True fetches it."
-    )
+    raise _missing(f"the model folder {name!r}", looked, f"https://huggingface.co/{name}", "FOLDER")
 
 
 def load_state(file: str | Path) -> dict[str, Any]:

@@ -108,13 +108,16 @@ def trajectory_importance(mixed: Tensor, fresh: Tensor) -> Tensor:
     return ((rows(widened(fresh)).square().mean(dim=1) - rows(widened(mixed)).square().mean(dim=1)) / 2).exp()
 
 
-def trajectory_matching(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, c: float = 1e-3, floor: float = 1e-6) -> Tensor:
+def trajectory_matching(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, c: float | None = 1e-3, floor: float = 1e-6) -> Tensor:
     """TDM: pseudo-Huber of ``x - sg[x + x0_real - x0_fake]``, over sg[max(mean|x - x0_real|, floor)], elementwise [B, ...].
 
-    ``x0_real`` is guided. Its gradient is DMD's over c for large c, and the sign of DMD's over the normaliser for small c.
+    ``x0_real`` is guided. Its gradient is DMD's over c for large c, and the sign of DMD's over the normaliser for small c. With
+    ``c`` None the squared error takes the place of the pseudo-Huber: its gradient is twice DMD's.
     """
     x, x0_real, x0_fake = widened(x), widened(x0_real).detach(), widened(x0_fake).detach()
-    return pseudo_huber(x - x.detach(), x0_real - x0_fake, c=c) / _distance(x, x0_real, floor)
+    moved, step = x - x.detach(), x0_real - x0_fake
+    error = squared_error(moved, step) if c is None else pseudo_huber(moved, step, c=c)
+    return error / _distance(x, x0_real, floor)
 
 
 def _distance(x: Tensor, x0_real: Tensor, floor: float) -> Tensor:

@@ -39,6 +39,18 @@ def features_at(module: nn.Module, call: Callable[[], Any]) -> Tensor:
     raise RuntimeError(f"{type(module).__name__} was not called: there are no features to discriminate.")
 
 
+class VectorHead(nn.Module):
+    """Features [B, width] to one logit per sample [B]."""
+
+    def __init__(self, width: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.layers(features.to(next(self.parameters()).dtype))[:, 0]
+        return logits
+
+
 class FeatureHead(nn.Module):
     """Features [B, width, h, w], h and w at least 2, to one logit per sample [B]."""
 

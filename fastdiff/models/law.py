@@ -19,10 +19,12 @@ class Law(Protocol):
 
 
 class LawDenoiser(Denoiser):
-    """A law as a ``Denoiser``; ``count`` is told the number of samples of every call."""
+    """A law as a ``Denoiser``; ``count`` is told the number of samples of every call, ``watch`` is shown its x0."""
 
-    def __init__(self, law: Law, *, count: Callable[[int], object] = lambda n: None) -> None:
-        self.law, self.count = law, count
+    def __init__(
+        self, law: Law, *, count: Callable[[int], object] = lambda n: None, watch: Callable[[Tensor], object] = lambda x0: None
+    ) -> None:
+        self.law, self.count, self.watch = law, count, watch
         super().__init__(self._as_network, law.process, "sample")
 
     def _as_network(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -30,4 +32,6 @@ class LawDenoiser(Denoiser):
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Any) -> Prediction:
         self.count(len(x_t))
-        return self.law(x_t, t, cond)
+        prediction = self.law(x_t, t, cond)
+        self.watch(prediction.x0)
+        return prediction

@@ -1,7 +1,8 @@
 """Roles: the named networks of a method, and the one frozen backbone that LoRA roles share.
 
-A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone; ``lora``: an adapter on the teacher's own
-backbone; ``module``: a network of the method's making). ``Roles`` builds them, runs them as denoisers and keeps the ledger.
+A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone, or what ``build`` makes in its place; ``lora``:
+an adapter on the teacher's own backbone; ``module``: a network of the method's making). ``Roles`` builds them, runs them as
+denoisers and keeps the ledger.
 
 A switch of adapter changes who computes, never who trains: peft's own ``set_adapter`` moves ``requires_grad`` with the switch
 and so drops, without a word, the gradient of a graph built before it. ``train_only`` alone changes ``requires_grad``, once per
@@ -9,10 +10,11 @@ update; recomputation under gradient checkpointing runs under the role of its fo
 """
 
 import copy
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -40,6 +42,28 @@ class Role:
     lora_targets: tuple[str, ...] | None = None
     """Layers to adapt; the family's own where it has none of these names."""
     build: Callable[[Teacher], nn.Module] | None = None
+    dropout: bool = False
+    """Of a ``full`` role: run the copy in train mode, its dropout at work. The teacher's own backbone never is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What roles begin from in the place of the teacher's weights."""
+
+    network: nn.Module | None = None
+    """The student's network, such as a smaller one of the teacher's kind; it trains in full, and is copied."""
+    weights: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """By role, what ``Roles.state`` gave in an earlier run."""
+
+    def hash(self) -> str:
+        """SHA-256 of all weights by their names."""
+        own = {} if self.network is None else self.network.state_dict()
+        digest = hashlib.sha256()
+        for name, state in sorted({"": own, **self.weights}.items()):
+            for key, value in sorted(state.items()):
+                digest.update(f"{name}/{key}".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 class Adapters:
@@ -99,7 +123,7 @@ class Adapters:
 class Roles:
     """The networks of a run: ``roles.denoiser("student")``, and ``"teacher"`` for the frozen one."""
 
-    def __init__(self, teacher: Teacher, specs: dict[str, Role]) -> None:
+    def __init__(self, teacher: Teacher, specs: dict[str, Role], start: Start | None = None) -> None:
         self.teacher, self.specs = teacher, specs
         self.ledger: Counter[str] = Counter()
         """Samples that went forward through each role, also those that went only to its bottleneck."""
@@ -107,13 +131,19 @@ class Roles:
         """Samples whose gradient went back through each role, to its weights or only to its input."""
         self.modules: dict[str, nn.Module] = {}
         backbone: Any = teacher.family.backbone
+        start = start or Start()
         lora = [name for name, role in specs.items() if role.train == "lora"]
+        if start.network is not None and "student" in lora:
+            raise UserError(
+                "the student trains a LoRA adapter on the teacher's backbone: it cannot begin from a network of its own."
+            )
         for name, role in specs.items():
-            if role.train == "full":
-                self.modules[name] = copy.deepcopy(backbone)
-            elif role.train == "module":
-                assert role.build is not None
+            if name == "student" and start.network is not None:
+                self.modules[name] = copy.deepcopy(start.network).to(teacher.device)
+            elif role.train != "lora" and role.build is not None:
                 self.modules[name] = role.build(teacher).to(teacher.device)
+            elif role.train == "full":
+                self.modules[name] = copy.deepcopy(backbone).train(role.dropout)
         for name in lora:
             _add_adapter(backbone, name, specs[name], teacher.family.lora_targets)
         self.adapters = Adapters(backbone) if lora else None
@@ -121,6 +151,8 @@ class Roles:
         for parameter in (p for parameters in self._parameters.values() for p in parameters.values()):
             if parameter.itemsize < 4:  # a small step on a half-precision weight rounds to nothing
                 parameter.data = parameter.data.float()
+        for name in start.weights.keys() & specs.keys():
+            self.load(name, start.weights[name])
         self.train_only()
 
     def _find_parameters(self, name: str) -> dict[str, nn.Parameter]:
@@ -177,7 +209,11 @@ class Roles:
     def denoiser(self, name: str) -> Denoiser:
         """The role as a denoiser under the teacher's process and prediction type."""
         if name == "teacher" and self.teacher.law is not None:
-            return LawDenoiser(self.teacher.law, count=lambda n: self.ledger.update({"teacher": n}))
+            return LawDenoiser(
+                self.teacher.law,
+                count=lambda n: self.ledger.update({"teacher": n}),
+                watch=lambda x0: self._watched("teacher", x0),
+            )
         return Denoiser(self.network(name), self.teacher.process, self.teacher.prediction_type)
 
     def backbone(self, name: str) -> nn.Module:
@@ -191,7 +227,7 @@ class Roles:
         return self.modules[name].state_dict()
 
     @torch.no_grad()
-    def load(self, name: str, state: dict[str, Tensor]) -> None:
+    def load(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Put back what ``state`` gave. Missing or surplus keys raise KeyError."""
         own = self.state(name)
         if own.keys() != state.keys():

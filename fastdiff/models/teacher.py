@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion.process import DiscreteVP, NoiseProcess
+from fastdiff.diffusion.process import LEVELS, DiscreteVP, NoiseProcess
 from fastdiff.errors import UserError
 from fastdiff.models.blank import blank_networks
 from fastdiff.models.denoiser import Denoiser
@@ -46,7 +46,7 @@ class Teacher:
             self.process, self.prediction_type = self.family.process()
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
-        if self.prediction_type == "epsilon" and self.process.alpha(torch.tensor(int(self.process.t_max))) == 0:
+        if self.prediction_type == "epsilon" and self.process.alpha(self.process.at_level(torch.tensor(LEVELS - 1))) < 1e-12:
             raise UserError(
                 f"{name} predicts epsilon and its last time has no signal (zero-terminal SNR): x0 = (x - s eps) / 0 there. "
                 "Such a scheduler belongs to a v-prediction teacher; set rescale_betas_zero_snr to false or prediction_type right."
@@ -94,7 +94,8 @@ class Teacher:
             law: a closed form that answers for the teacher; ``module`` then only starts the students. Same process and shape.
             options: ``encode`` (prompts to a condition), ``decode`` (samples to images), ``lora_targets`` (all linear layers),
                 ``call(module, x_t, network_time, cond)``, ``time_embedding`` (the name of the layer that puts out the embedded time
-                [B, D], and D: where a method that has cameras adds theirs).
+                [B, D], and D: where a method that has cameras adds theirs), ``bottleneck`` (the name of a layer that puts out
+                features [B, width], and width: what a discriminator looks at).
         """
         return cls(Module(module, process, prediction_type, shape, **options), name=name, prompts=prompts, law=law)
 
@@ -138,8 +139,9 @@ class Teacher:
             self._null = ((first.device, first.dtype), self.encode([""]))
         return self._null[1]
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to images [B, 3, H, W] in [0, 1]."""
+        """Latents [B, C, h, w] to images [B, 3, H, W] in [0, 1], without gradient (``family.decode`` has one)."""
         return self.family.decode(latents)
 
     def weights_hash(self) -> str:

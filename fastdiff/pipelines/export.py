@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from fastdiff.files import aside
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.teacher import Teacher
 from fastdiff.models.tokenizers import add_slow_files
+from fastdiff.pipelines.few_step import LCM_STEPS, ddim_scheduler, lcm_scheduler
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
 
 TOLERANCE = 1e-5
+NEGATIVE = "negative_prompt.py"  # the copy of pipelines/negative.py in a folder
 
 _CHILD = """
 import json, sys
@@ -29,14 +32,16 @@ sys.modules["fastdiff"] = None                       # the folder must work wher
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-folder, given, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+folder, given, threads, call = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 torch.set_num_threads(threads)
-pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=True)  # ours, just written
 pipeline.set_progress_bar_config(disable=True)
 calls = []
 pipeline.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
 prompts = json.load(open(given + ".json"))
-images = pipeline(prompts, latents=load_file(given + ".safetensors")["noise"], output_type="pt").images
+draws = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+noise = load_file(given + ".safetensors")["noise"]
+images = pipeline(prompts, latents=noise, generator=draws, output_type="pt", **call).images
 save_file({"images": images.contiguous()}, given + ".out.safetensors")
 print(json.dumps({"calls": calls, "class": type(pipeline).__name__}))
 """
@@ -45,17 +50,74 @@ _CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
-A {method} student of `{teacher}`, trained with fastdiff {version}: one network call per image, no guidance.
+A {method} student of `{teacher}`, trained with fastdiff {version}: {calls} per image, no guidance.
 
 ```python
 from diffusers import DiffusionPipeline
-DiffusionPipeline.from_pretrained("path/to/this/folder")("{prompt}").images[0]
+DiffusionPipeline.from_pretrained("path/to/this/folder")("{prompt}"{arguments}).images[0]
 ```
 
-`scheduler/` is configured so that the bare call makes exactly one step (`num_inference_steps` up to 50 changes nothing). It is
-not meant for img2img, or for making other schedulers from it: `scheduler_lcm/` holds a plain `LCMScheduler` for that
-(`LCMScheduler.from_pretrained(folder, subfolder="scheduler_lcm")`, then `num_inference_steps=1`).
+{extra}{schedule}
 """
+_NEGATIVE = """A negative prompt, still without a second network call (NASA or NAG in the cross attention; the file needs torch
+and diffusers alone):
+
+```python
+folder = "path/to/this/folder"
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=f"{{folder}}/{negative}", trust_remote_code=True)
+pipeline("{prompt}", negative_prompt="red", nasa_scale=0.1).images[0]
+```
+
+"""
+_ONE_STEP = """`scheduler/` is configured so that the bare call makes exactly one step (`num_inference_steps` up to 50 changes
+nothing). It is not meant for img2img, or for making other schedulers from it: `scheduler_lcm/` holds a plain `LCMScheduler` for
+that (`LCMScheduler.from_pretrained(folder, subfolder="scheduler_lcm")`, then `num_inference_steps=1`)."""
+_DDIM = """`scheduler/` is configured so that the bare call makes exactly the {steps} deterministic steps of the training, at times
+{times}. Leave `num_inference_steps` out: another number would make other, untrained steps of this scheduler."""
+_LCM = """`scheduler/` is an `LCMScheduler` of {steps} steps at times {times}, with fresh noise between them. Fewer steps skip
+some of these times; more are refused."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a student is called: at which times [K], and what happens between them. Equal to what the exported folder does."""
+
+    times: Sequence[int] | Sequence[float]
+    sampler: str
+
+    @property
+    def call(self) -> dict[str, int]:
+        """What the exported pipeline must be told besides the prompt: nothing, if its class leaves that choice to its folder."""
+        steps = len(self.times)
+        return {"num_inference_steps": steps} if self.sampler == "consistency" and steps not in {1, LCM_STEPS} else {}
+
+    def parts(self, teacher: Teacher) -> tuple[type, Any]:
+        """The stock pipeline class and the scheduler of a student of ``teacher``.
+
+        Raises:
+            ValueError: no stock scheduler visits these times.
+        """
+        from diffusers import LatentConsistencyModelPipeline
+
+        times = [int(time) for time in self.times]
+        table: Tensor = teacher.process.alphas_cumprod  # type: ignore[attr-defined]
+        if len(times) == 1:
+            alpha_bar = table[times[0]].item()
+            scheduler = one_step_scheduler(alpha_bar, timestep=times[0], prediction_type=teacher.prediction_type)
+            return type(teacher.pipeline), scheduler
+        if self.sampler == "ddim":
+            return type(teacher.pipeline), ddim_scheduler(table, times, teacher.prediction_type)
+        return LatentConsistencyModelPipeline, lcm_scheduler(teacher.pipeline.scheduler.config, times, len(table))
+
+    def card(self) -> dict[str, str]:
+        """What the model card says about it."""
+        steps, times = len(self.times), ", ".join(map(str, self.times))
+        text = _ONE_STEP if steps == 1 else (_DDIM if self.sampler == "ddim" else _LCM)
+        return {
+            "calls": "one network call" if steps == 1 else f"{steps} network calls",
+            "arguments": "".join(f", {key}={value}" for key, value in self.call.items()),
+            "schedule": text.format(steps=steps, times=times),
+        }
 
 
 def check_exportable(teacher: Teacher) -> None:
@@ -84,6 +146,7 @@ def export_student(
     network: Any,
     folder: Path,
     note: Mapping[str, Any],
+    schedule: Schedule,
     prompts: list[str],
     noise: Tensor,
     expected: Tensor,
@@ -91,13 +154,16 @@ def export_student(
 ) -> tuple[Any, float]:
     """Save the student, load it again, compare its samples with ``expected``.
 
+    Args:
+        expected: images [B, 3, H, W]; image i's fresh noise, if the sampler needs any, is of a CPU generator with seed i.
+
     Returns:
         The diffusers pipeline, or the network itself for a teacher without one (``student.safetensors``), and the largest
         difference.
     """
     if teacher.pipeline is not None:
-        pipeline = export_one_step(teacher, network, folder, note=note, prompt=prompts[0])
-        return pipeline, verify_export(folder, prompts, noise, expected)
+        pipeline = export_pipeline(teacher, network, folder, schedule, note=note, prompt=prompts[0])
+        return pipeline, verify_export(folder, schedule, prompts, noise, expected)
     export_module(network, folder, note)
     again = copy.deepcopy(network)
     load_module(again, folder)
@@ -134,15 +200,10 @@ def load_module(network: torch.nn.Module, folder: Path) -> None:
     load_model(network, str(folder / "student.safetensors"))
 
 
-def exported_scheduler(teacher: Teacher) -> Any:
-    """The stock scheduler that a student of ``teacher`` is saved with."""
-    last = int(teacher.process.t_max)
-    alpha_bar = teacher.process.alpha(torch.tensor(last)).square().item()
-    return one_step_scheduler(alpha_bar, timestep=last, prediction_type=teacher.prediction_type)
-
-
-def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mapping[str, Any], prompt: str) -> Any:
-    """Save ``network`` with the teacher's other components as a one-step pipeline; returns the pipeline.
+def export_pipeline(
+    teacher: Teacher, network: Any, folder: Path, schedule: Schedule, *, note: Mapping[str, Any], prompt: str
+) -> Any:
+    """Save ``network`` with the teacher's other components as a pipeline that follows ``schedule``; returns the pipeline.
 
     The folder is written aside and moved into ``folder`` part by part, ``model_index.json`` last, so that an interrupted save
     leaves nothing that loads. ``note`` goes to ``fastdiff.json``.
@@ -155,25 +216,31 @@ def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mappi
     from fastdiff._version import __version__
 
     components = dict(teacher.pipeline.components)
+    kind, components["scheduler"] = schedule.parts(teacher)
     components["unet"] = without_guidance(network)
-    components["scheduler"] = exported_scheduler(teacher)
-    pipeline = type(teacher.pipeline)(**components, requires_safety_checker=False)
+    pipeline = kind(**components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     try:
         pipeline.save_pretrained(aside, safe_serialization=True)
         add_slow_files(aside / "tokenizer")
-        schedule = LCMScheduler.from_config(
-            teacher.pipeline.scheduler.config, original_inference_steps=1, timestep_spacing="leading"
-        )
-        schedule.save_pretrained(aside / "scheduler_lcm")
-        card = _CARD.format(method=note["method"], teacher=teacher.name, version=__version__, prompt=prompt)
+        if len(schedule.times) == 1:
+            plain = LCMScheduler.from_config(
+                teacher.pipeline.scheduler.config, original_inference_steps=1, timestep_spacing="leading"
+            )
+            plain.save_pretrained(aside / "scheduler_lcm")
+        extra = ""
+        if kind is type(teacher.pipeline):  # the file's class has that pipeline's call
+            shutil.copyfile(Path(__file__).with_name("negative.py"), aside / NEGATIVE)
+            extra = _NEGATIVE.format(prompt=prompt, negative=NEGATIVE)
+        facts = {"method": note["method"], "teacher": teacher.name, "version": __version__, "prompt": prompt, "extra": extra}
+        card = _CARD.format(**facts, **schedule.card())
         (aside / "README.md").write_text(card, encoding="utf-8")
         (aside / "fastdiff.json").write_text(json.dumps(dict(note), indent=2) + "\n", encoding="utf-8")
         (folder / "model_index.json").unlink(missing_ok=True)
         for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
-            _replace(part, folder / part.name)
+            replace(part, folder / part.name)
     except OSError as error:
         raise UserError(
             f"cannot write the student to {folder}: {error}. Free space or choose another --output; the checkpoint is kept."
@@ -183,19 +250,20 @@ def export_one_step(teacher: Teacher, network: Any, folder: Path, *, note: Mappi
     return pipeline
 
 
-def _replace(source: Path, target: Path) -> None:
+def replace(source: Path, target: Path) -> None:
+    """Move a file or folder to where another one may be."""
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(source, target)
 
 
-def verify_export(folder: Path, prompts: list[str], noise: Tensor, expected: Tensor) -> float:
+def verify_export(folder: Path, schedule: Schedule, prompts: list[str], noise: Tensor, expected: Tensor) -> float:
     """Largest difference between ``expected`` images [B, 3, H, W] in [0, 1] and those of the folder in a fresh process.
 
-    The process cannot import fastdiff, loads the folder with ``DiffusionPipeline`` and makes the bare call.
+    The process cannot import fastdiff, loads the folder with ``DiffusionPipeline`` and makes the call of its card.
 
     Raises:
-        RuntimeError: the folder does not load, the call made more than one network call, or the images differ by more than
+        RuntimeError: the folder does not load, the call made another number of network calls, or the images differ by more than
             ``TOLERANCE``.
     """
     from safetensors.torch import load_file, save_file
@@ -205,14 +273,16 @@ def verify_export(folder: Path, prompts: list[str], noise: Tensor, expected: Ten
         Path(given + ".json").write_text(json.dumps(prompts))
         save_file({"noise": noise.cpu().contiguous()}, given + ".safetensors")
         command = [sys.executable, "-I", "-c", _CHILD, str(folder.resolve()), given, str(torch.get_num_threads())]
-        child = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
+        command.append(json.dumps(schedule.call))
+        own_code = {**os.environ, "HF_MODULES_CACHE": scratch}  # a pipeline's file is copied before it is run
+        child = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=own_code, check=False)
         if child.returncode != 0:
             raise RuntimeError(f"{folder} does not work in plain diffusers:\n{child.stderr[-2000:]}")
         report = json.loads(child.stdout.splitlines()[-1])
         images = load_file(given + ".out.safetensors")["images"]
-    if report["calls"] != [len(prompts)]:
+    if report["calls"] != [len(prompts)] * len(schedule.times):
         raise RuntimeError(
-            f"the bare call on {folder} made network calls {report['calls']}, expected one of {len(prompts)} images."
+            f"the call on {folder} made network calls {report['calls']}, expected {len(schedule.times)} of {len(prompts)} images."
         )
     difference = (images - expected.cpu()).abs().max().item()
     if not difference < TOLERANCE:

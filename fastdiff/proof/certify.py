@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.gaussian import Gaussian
+from fastdiff.diffusion.process import LEVELS
 from fastdiff.diffusion.reference import reference_flow_map
 from fastdiff.eval.distributions import covariance_error, gaussian_w2, mode_masses, sliced_w2
 from fastdiff.proof.exactness import Setting, sample_gradients
@@ -91,9 +92,10 @@ def certify_fixed_point(method: Method, *, seed: int = 0) -> Row:
 
 
 def certify(method: type[Method], law: str, *, seed: int = 0) -> list[Row]:
-    """The certificate of ``method`` on ``law``; its settings are those of ``method.trials[law]``, or of any for the fixed point."""
+    """The certificate of ``method`` in the trial ``law`` of its ``trials``, or of its fixed point."""
     if law == FIXED_POINT:
-        return [certify_fixed_point(method(**next(iter(method.trials.values())).fields), seed=seed)]
+        fields = {**next(iter(method.trials.values())).fields, **method.fixed_point_fields}
+        return [certify_fixed_point(method(**fields), seed=seed)]
     trial = method.trials[law]
     return certify_instance(method(**trial.fields), law, trial, seed=seed)
 
@@ -108,8 +110,8 @@ def certify_instance(method: Method, law: str, trial: Trial, *, seed: int = 0) -
         torch.set_num_threads(threads)
 
 
-def _certify(method: Method, law: str, trial: Trial, seed: int) -> list[Row]:
-    clock = time.perf_counter()
+def _certify(method: Method, name: str, trial: Trial, seed: int) -> list[Row]:
+    clock, law = time.perf_counter(), trial.law or name
     oracle = teacher(law, seed=seed)
     exact: GaussianMixture = oracle.law  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
@@ -130,8 +132,8 @@ def _certify(method: Method, law: str, trial: Trial, seed: int) -> list[Row]:
     labels = draw_labels(exact, n, generator)
     noise = torch.randn(n, *exact.shape, generator=generator)
     with torch.no_grad():
-        drawn = Drawn(method.draw(network, oracle, noise, labels), labels, noise)
-        plain = Drawn(method.sample(oracle.denoiser, noise, labels), labels, noise)
+        drawn = Drawn(method.draw(network, oracle, noise, labels, generator), labels, noise)
+        plain = Drawn(method.sample(oracle.denoiser, noise, labels, generator), labels, noise)
     fresh = Drawn(exact.sample(n, generator, labels), labels, noise)
     reference = exact.sample(n, generator, labels)
     seconds = time.perf_counter() - clock
@@ -142,7 +144,7 @@ def _certify(method: Method, law: str, trial: Trial, seed: int) -> list[Row]:
         details = {"masses": masses(exact, drawn).tolist()} if metric == "mode_mass" else {}
         if metric == "flow_map":
             floor = 0.0
-        rows.append(Row(method.name(), law, metric, value, bound, baseline, floor, round(seconds, 1), seed, details))
+        rows.append(Row(method.name(), name, metric, value, bound, baseline, floor, round(seconds, 1), seed, details))
     return rows
 
 
@@ -199,13 +201,21 @@ def _axes(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
 def _flow_map(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
     """Root mean square distance to the exact end of each noise's own trajectory, in units of the law's deviation."""
     n = min(len(drawn.noise), 1000)
-    noise, t = drawn.noise[:n].double(), torch.full((n,), int(law.process.t_max))
+    t = law.process.at_level(torch.tensor(LEVELS - 1)).expand(n)
+    noise = law.process.initial_scale * drawn.noise[:n].double()
     if isinstance(law, Gaussian):
         end = law.consistency(noise, t)
     else:
         end = reference_flow_map(law, noise, t, None, drawn.labels[:n], rtol=1e-6)
     error = (drawn.samples[:n].double() - end).square().flatten(1).sum(1).mean()
     return (error / law.moments()[1].trace()).sqrt().item()
+
+
+def _posterior_mean(law: GaussianMixture, drawn: Drawn, reference: Tensor) -> float:
+    """Root mean square distance to the law's ``E[x0 | x_T]`` of each noise, relative to the size of that mean."""
+    t = law.process.at_level(torch.tensor(LEVELS - 1)).expand(len(drawn.noise))
+    exact = law(law.process.initial_scale * drawn.noise.double(), t, drawn.labels).x0
+    return ((drawn.samples.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
 METRICS: dict[str, Callable[[GaussianMixture, Drawn, Tensor], float]] = {
@@ -217,4 +227,5 @@ METRICS: dict[str, Callable[[GaussianMixture, Drawn, Tensor], float]] = {
     "mode_spread": _mode_spread,
     "stray": _stray,
     "flow_map": _flow_map,
+    "posterior_mean": _posterior_mean,
 }

@@ -6,12 +6,14 @@
     images     5 smooth modes of 1x8x8 images, trained through a small UNet2DModel     pictures
     views      5 objects from 8 azimuths as 3x16x16 images, the azimuth as the class   a prior for scenes; no certificate
 
-All run under Stable Diffusion's noise schedule. The students' starting network, as a pretrained teacher's weights would be, is
-fitted to the law's own v-prediction for a few seconds; the teacher that methods ask is the law itself.
+    ring-flow, ring-edm    the ring under rectified flow and under EDM
+
+All others run under Stable Diffusion's noise schedule. The students' starting network, as a pretrained teacher's weights would be,
+is fitted to the law's own prediction for a few seconds; the teacher that methods ask is the law itself.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -20,14 +22,19 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.gaussian import Gaussian
-from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.diffusion.prediction import input_scale
+from fastdiff.diffusion.process import EDM, LEVELS, NoiseProcess, RectifiedFlow, expand
 from fastdiff.diffusion.schedulers import process_from_scheduler
 from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.scenes.objects import reference_views
 from fastdiff.models.teacher import Teacher
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-PREDICTION_TYPE = "v_prediction"
+
+
+def process() -> NoiseProcess:
+    """Stable Diffusion's."""
+    return process_from_scheduler(SCHEDULE)[0]
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,9 @@ class KnownLaw:
     samples: int
     fit_steps: int
     batch_size: int
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    process: Callable[[], NoiseProcess] = process
+    prediction_type: str = "v_prediction"
 
 
 def _unet() -> nn.Module:
@@ -65,11 +74,30 @@ def _call_unet(network: nn.Module, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
 
 
 _CONVOLUTIONS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_out")
+_HIDDEN = {"bottleneck": ("hidden", 128)}
 LAWS: dict[str, KnownLaw] = {
-    "ring": KnownLaw(GaussianMixture.ring, lambda: TimeMLP(2), 8000, 1500, 512, {}),
-    "gaussian": KnownLaw(Gaussian.anisotropic, lambda: TimeMLP(16), 8000, 1500, 512, {}),
-    "classes": KnownLaw(GaussianMixture.classes, lambda: TimeMLP(2, classes=3), 8000, 2000, 512, {}),
+    "ring": KnownLaw(GaussianMixture.ring, lambda: TimeMLP(2), 8000, 1500, 512, _HIDDEN),
+    "gaussian": KnownLaw(Gaussian.anisotropic, lambda: TimeMLP(16), 8000, 1500, 512, _HIDDEN),
+    "classes": KnownLaw(GaussianMixture.classes, lambda: TimeMLP(2, classes=3), 8000, 2000, 512, _HIDDEN),
     "images": KnownLaw(GaussianMixture.images, _unet, 2000, 300, 128, {"call": _call_unet, "lora_targets": _CONVOLUTIONS}),
+    "ring-flow": KnownLaw(
+        GaussianMixture.ring,
+        lambda: TimeMLP(2, time_scale=1000.0),
+        8000,
+        1500,
+        512,
+        process=RectifiedFlow,
+        prediction_type="flow_prediction",
+    ),
+    "ring-edm": KnownLaw(
+        GaussianMixture.ring,
+        lambda: TimeMLP(2, time_scale=2.0),
+        8000,
+        1500,
+        512,
+        process=lambda: EDM(sigma_data=1.4222),
+        prediction_type="edm",
+    ),
 }
 
 
@@ -132,11 +160,6 @@ PRIORS: dict[str, KnownLaw] = {
 """Laws that particles are led by (``trainers/prolific_dreamer.py``); no method is certified on them."""
 
 
-def process() -> NoiseProcess:
-    """Stable Diffusion's."""
-    return process_from_scheduler(SCHEDULE)[0]
-
-
 def teacher(name: str, *, seed: int = 0) -> Teacher:
     """The law ``name`` as a teacher with a fitted starting network, new at every call."""
     known, law = _known(name), exact(name)
@@ -144,7 +167,7 @@ def teacher(name: str, *, seed: int = 0) -> Teacher:
     network.load_state_dict(_fitted(name, seed))
     labels = [] if law.labels is None else [str(label) for label in sorted(set(law.labels.tolist()))]
     return Teacher.from_module(
-        network, law.process, PREDICTION_TYPE, shape=law.shape, prompts=labels or [""], name=name, law=law, **known.options
+        network, law.process, known.prediction_type, shape=law.shape, prompts=labels or [""], name=name, law=law, **known.options
     )
 
 
@@ -154,7 +177,8 @@ def _known(name: str) -> KnownLaw:
 
 def exact(name: str) -> GaussianMixture:
     """The law itself."""
-    return _known(name).build(process())
+    known = _known(name)
+    return known.build(known.process())
 
 
 def draw_labels(law: GaussianMixture, n: int, generator: torch.Generator) -> Tensor:
@@ -166,7 +190,7 @@ def draw_labels(law: GaussianMixture, n: int, generator: torch.Generator) -> Ten
 
 @cache
 def _fitted(name: str, seed: int) -> dict[str, Tensor]:
-    """Weights of the starting network: least squares on the law's v, a tenth of the labels dropped."""
+    """Weights of the starting network: least squares on the law's output, a tenth of the labels dropped."""
     known, law = _known(name), exact(name)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -178,10 +202,12 @@ def _fitted(name: str, seed: int) -> dict[str, Tensor]:
     for _ in range(known.fit_steps):
         labels = draw_labels(law, known.batch_size, generator)
         x0 = law.sample(known.batch_size, generator, labels).float()
-        t = torch.randint(0, int(law.process.t_max) + 1, (known.batch_size,), generator=generator)
+        t = law.process.at_level(torch.randint(0, LEVELS, (known.batch_size,), generator=generator))
         x_t = law.process.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
         seen = labels.masked_fill(torch.rand(known.batch_size, generator=generator) < 0.1, -1)
-        loss = (call(network, x_t, t, seen) - law(x_t, t, seen).output(PREDICTION_TYPE)).square().mean()
+        scale = input_scale(law.process, t, known.prediction_type)
+        output = call(network, x_t if scale is None else expand(scale, x_t) * x_t, law.process.network_time(t), seen)
+        loss = (output - law(x_t, t, seen).output(known.prediction_type)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

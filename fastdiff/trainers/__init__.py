@@ -3,13 +3,47 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdiff.trainers.diff_instruct import DiffInstruct
+    from fastdiff.trainers.dmd import DMD
     from fastdiff.trainers.dmd2 import DMD2
+    from fastdiff.trainers.f_distill import FDistill
     from fastdiff.trainers.ode_pairs import ODEPairs
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
+    from fastdiff.trainers.sid import SiD
+    from fastdiff.trainers.snoopi import SNOOPI
     from fastdiff.trainers.swiftbrush import SwiftBrush
+    from fastdiff.trainers.swiftbrush_v2 import SwiftBrushV2
+    from fastdiff.trainers.tdm import TDM
+    from fastdiff.trainers.teacher_score_matching import TeacherScoreMatching
 
-__all__ = ["DMD2", "ODEPairs", "ProlificDreamer", "SwiftBrush"]
-_HOMES = {"DMD2": "dmd2", "ODEPairs": "ode_pairs", "ProlificDreamer": "prolific_dreamer", "SwiftBrush": "swiftbrush"}
+__all__ = [
+    "DMD",
+    "DMD2",
+    "SNOOPI",
+    "TDM",
+    "DiffInstruct",
+    "FDistill",
+    "ODEPairs",
+    "ProlificDreamer",
+    "SiD",
+    "SwiftBrush",
+    "SwiftBrushV2",
+    "TeacherScoreMatching",
+]
+_HOMES = {
+    "DMD": "dmd",
+    "DMD2": "dmd2",
+    "DiffInstruct": "diff_instruct",
+    "FDistill": "f_distill",
+    "ODEPairs": "ode_pairs",
+    "ProlificDreamer": "prolific_dreamer",
+    "SNOOPI": "snoopi",
+    "SiD": "sid",
+    "SwiftBrush": "swiftbrush",
+    "SwiftBrushV2": "swiftbrush_v2",
+    "TDM": "tdm",
+    "TeacherScoreMatching": "teacher_score_matching",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -49,8 +49,15 @@ class Timeless(NoiseProcess):
 
     sigma = dalpha = dsigma = alpha
 
+    @property
+    def initial_scale(self) -> float:
+        return self.process.initial_scale
+
     def t_from_nsr(self, r: Tensor) -> Tensor:
         return torch.empty_like(r)
+
+    def at_level(self, level: Tensor) -> Tensor:
+        return self.process.at_level(level)
 
     def network_time(self, t: Tensor) -> Tensor:
         return self.process.network_time(t)

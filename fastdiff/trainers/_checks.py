@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from fastdiff.diffusion.process import DiscreteVP
+from fastdiff.diffusion.process import LEVELS
 from fastdiff.errors import UserError
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import check_exportable
@@ -14,7 +14,7 @@ from fastdiff.trainers.method import Method
 def checks(method: Method, teacher: Teacher) -> list[Callable[[], None]]:
     """What method and teacher must pass together; each raises a UserError that says why it does not."""
     samples = [lambda: check_exportable(teacher), lambda: check_steps(method, teacher)] if method.delivers == "pipeline" else []
-    return [lambda: check_precision(teacher), lambda: check_times(teacher), *samples, lambda: method.validate(teacher)]
+    return [lambda: check_precision(teacher), *samples, lambda: method.validate(teacher)]
 
 
 def check_precision(teacher: Teacher) -> None:
@@ -26,23 +26,17 @@ def check_precision(teacher: Teacher) -> None:
         )
 
 
-def check_times(teacher: Teacher) -> None:
-    """Refuse a process without integer times, which no method here can train under yet."""
-    if not isinstance(teacher.process, DiscreteVP):
-        raise UserError(
-            f"{teacher.name} runs under {type(teacher.process).__name__}: the methods so far start at an integer time from noise "
-            "of unit size and would call it at the wrong times. View it as DiscreteVP (fastdiff.diffusion.SNRMatched)."
-        )
-
-
 def check_steps(method: Method, teacher: Teacher) -> None:
-    """Refuse a student that is called at other times than the last one, which the exported scheduler would not do."""
-    times = method.timesteps(teacher)
-    if teacher.pipeline is not None and times != [int(teacher.process.t_max)]:
+    """Refuse a student that is called at times which no stock scheduler visits."""
+    if teacher.pipeline is None or method.levels() == [LEVELS - 1]:
+        return
+    try:
+        method.schedule(teacher).parts(teacher)
+    except ValueError as error:
         raise UserError(
-            f"{method.name()} calls its student at times {times}, and a pipeline is exported for one call at "
-            f"{int(teacher.process.t_max)}: its pictures would not be the trainer's."
-        )
+            f"{method.name()} calls its student at times {method.timesteps(teacher)}, which no exported pipeline of {teacher.name} "
+            f"does: {error} Its pictures would not be the trainer's."
+        ) from error
 
 
 def check_folder(config: Config) -> None:

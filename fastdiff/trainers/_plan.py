@@ -21,9 +21,9 @@ from fastdiff.data.prompts import PromptTable, read_prompts
 from fastdiff.errors import UserError
 from fastdiff.models.roles import Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.pipelines.export import check_exportable, exported_scheduler
+from fastdiff.pipelines.export import check_exportable
 from fastdiff.trainers._activations import Timeless, kept_for_backward, resident
-from fastdiff.trainers._checks import check_folder, checks
+from fastdiff.trainers._checks import check_folder, check_steps, checks
 from fastdiff.trainers._counts import cycle, times, total
 from fastdiff.trainers.config import Config
 from fastdiff.trainers.draws import Draws
@@ -113,7 +113,7 @@ class Plan:
     samples: dict[str, Calls]
     """Calls of all iterations, in samples, of all processes."""
     noise_range: dict[str, tuple[int, int]]
-    timesteps: list[int]
+    timesteps: list[int] | list[float]
     export: dict[str, Any]
     """What the student is saved with: ``class``, ``timesteps``; empty where it cannot be saved."""
     refusals: list[str]
@@ -351,10 +351,10 @@ def _stretch(method: Method, run: Sequence[tuple[str, ...]]) -> Stretch:
 def _export(method: Method, teacher: Teacher) -> dict[str, Any]:
     if method.delivers == "scenes":
         return {"class": None, "file": "scenes.safetensors"}
-    if _refusal(lambda: check_exportable(teacher)):
+    if _refusal(lambda: check_exportable(teacher)) or _refusal(lambda: check_steps(method, teacher)):
         return {}
     if teacher.pipeline is None:
         return {"class": None, "file": "student.safetensors"}
-    scheduler = exported_scheduler(teacher)
-    scheduler.set_timesteps(1)
-    return {"class": type(scheduler).__name__, "timesteps": scheduler.timesteps.tolist()}
+    schedule = method.schedule(teacher)
+    kind, scheduler = schedule.parts(teacher)
+    return {"pipeline": kind.__name__, "class": type(scheduler).__name__, "timesteps": list(schedule.times), "call": schedule.call}

@@ -11,9 +11,11 @@ its one-step student. The pseudo-Huber distance on latents is this library's cho
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fastdiff.data.pairs import Pairs, make_pairs
+from fastdiff.data.prompts import PromptTable
 from fastdiff.diffusion.solvers import SOLVERS
 from fastdiff.errors import UserError
 from fastdiff.losses import pseudo_huber, reduce
@@ -25,8 +27,8 @@ REGRESSION = "regression"
 
 
 @dataclass(kw_only=True)
-class PairedMethod(Method):
-    """A method that can regress on ODE pairs, as a warm start or altogether."""
+class StoredPairs(Method):
+    """A method that uses stored ODE pairs. They are of all prompts, also where the run is for a part of them."""
 
     pairs: int = 3000
     """Number of stored ODE pairs."""
@@ -36,10 +38,6 @@ class PairedMethod(Method):
     """How the teacher makes a pair: DDIM, or DPM-Solver++(2M), of second order at the same cost."""
     pair_guidance_scale: float = 3.0
     """Guidance of the teacher that makes the pairs; 1 is off."""
-    regression_lr: float = 1e-3
-    """Student learning rate of the regression update."""
-    huber_c: float = 0.1
-    """Where the pseudo-Huber distance turns from square to absolute value, in units of latents."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "pair_steps"):
@@ -47,13 +45,13 @@ class PairedMethod(Method):
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
         if self.pair_solver not in SOLVERS:
             raise UserError(f"pair_solver is {self.pair_solver!r}: expected {' or '.join(SOLVERS)}.")
-        for name in ("huber_c", "regression_lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0.")
 
     def regresses(self) -> bool:
         """Whether pairs are needed at all."""
         return True
+
+    def teacher_guidance(self) -> float:
+        return float(getattr(self, "guidance_scale", self.pair_guidance_scale))
 
     def prepare(self, preparation: Preparation) -> None:
         self._pairs = load_or_make_pairs(self, preparation) if self.regresses() else None
@@ -69,6 +67,32 @@ class PairedMethod(Method):
         """Pairs that each of ``world_size`` processes makes."""
         return -(-self.pairs // world_size)
 
+    def draw_pairs(self, batch: Batch, *, own: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise, result and condition of pairs drawn uniformly; ``own`` are those of the prompts that the student is for."""
+        assert self._pairs is not None, "prepare() was not called"
+        choice = _of_part(self._pairs, batch.prompts) if own and batch.prompts.part is not None else None
+        index = batch.draws.integers("pairs", 0, len(self._pairs) if choice is None else len(choice))
+        device, rows = batch.teacher.device, index.to(self._pairs.prompt.device)
+        rows = rows if choice is None else choice[rows]
+        cond = batch.prompts.conditions(self._pairs.prompt[rows])
+        return self._pairs.noise[rows].to(device), self._pairs.x0[rows].to(device), cond
+
+
+@dataclass(kw_only=True)
+class PairedMethod(StoredPairs):
+    """A method that can regress on ODE pairs, as a warm start or altogether."""
+
+    regression_lr: float = 1e-3
+    """Student learning rate of the regression update."""
+    huber_c: float = 0.1
+    """Where the pseudo-Huber distance turns from square to absolute value, in units of latents."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("huber_c", "regression_lr"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0.")
+
     def trains(self, update: str) -> tuple[str, ...]:
         return ("student",) if update == REGRESSION else super().trains(update)
 
@@ -78,16 +102,17 @@ class PairedMethod(Method):
         sample = one_step(roles.denoiser("student"), noise, cond)
         return {"regression": reduce(pseudo_huber(sample, x0, c=self.huber_c))}
 
-    def draw_pairs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise, result and condition of pairs drawn uniformly."""
-        assert self._pairs is not None, "prepare() was not called"
-        index = batch.draws.integers("pairs", 0, len(self._pairs))
-        device, rows = batch.teacher.device, index.to(self._pairs.prompt.device)
-        cond = batch.prompts.conditions(self._pairs.prompt[rows])
-        return self._pairs.noise[rows].to(device), self._pairs.x0[rows].to(device), cond
+
+def _of_part(pairs: Pairs, prompts: PromptTable) -> Tensor:
+    """The rows of the pairs whose prompt is one of the part's."""
+    assert prompts.part is not None
+    rows = torch.isin(pairs.prompt, prompts.part).nonzero()[:, 0]
+    if not len(rows):
+        raise UserError(f"none of {len(pairs)} pairs has a prompt of this part of {len(prompts.part)}: make more of them (pairs).")
+    return rows
 
 
-def load_or_make_pairs(method: PairedMethod, preparation: Preparation) -> Pairs:
+def load_or_make_pairs(method: StoredPairs, preparation: Preparation) -> Pairs:
     """This rank's share of the pairs, from the run's folder if they were made with these very settings."""
     share = method.share(preparation.world_size)
     settings = {

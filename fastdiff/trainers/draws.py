@@ -29,6 +29,15 @@ class Draws:
     def __len__(self) -> int:
         return len(range(*self.part.indices(self.size)))
 
+    @property
+    def ranks(self) -> "list[Draws]":
+        """The ranks whose draws these are: one."""
+        return [self]
+
+    def at(self, step: int, size: int) -> "Draws":
+        """The draws of this rank at another step, all of a batch of ``size``."""
+        return Draws(*self.key[:2], step, size=size, part=slice(size), device=self.device)
+
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal [B, *shape]."""
         return torch.randn(self.size, *shape, generator=generator_for(*self.key, name))[self.part].to(self.device)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastdiff.data.images import save_grid
 from fastdiff.data.prompts import PromptTable, cycled, read_prompts
 from fastdiff.errors import UserError
-from fastdiff.models.roles import Role, Roles
+from fastdiff.models.roles import Role, Roles, Start
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers import checkpoint
 from fastdiff.trainers._checks import check_folder, checks
@@ -34,6 +34,7 @@ from fastdiff.trainers.draws import Draws, generator_for
 from fastdiff.trainers.health import Health
 from fastdiff.trainers.log import Log
 from fastdiff.trainers.method import Batch, Finished, Method, Preparation
+from fastdiff.trainers.monitors import Monitor
 
 _SHOWN = 16
 
@@ -51,6 +52,8 @@ class Trainer:
         teacher: the frozen teacher.
         prompts: a list, a text file with one prompt a line, or None for the bundled world's own captions.
         config: the engine's options; or give them as keywords.
+        part: rows of the prompts that the student is for, if not all; ODE pairs are of all of them nevertheless.
+        start: what roles begin from, if not the teacher.
 
     Raises:
         UserError: an unknown option, an empty prompts file, a teacher the method refuses.
@@ -63,6 +66,8 @@ class Trainer:
         *,
         prompts: str | Path | Sequence[str] | None = None,
         config: Config | None = None,
+        part: Sequence[int] | None = None,
+        start: Start | None = None,
         **options: Any,
     ) -> None:
         if config is not None and options:
@@ -73,9 +78,12 @@ class Trainer:
         for check in checks(method, teacher):
             check()
         teacher.family.to(self.accelerator.device)
-        self.prompts = PromptTable(read_prompts(prompts, teacher), teacher)
+        self.prompts = PromptTable(read_prompts(prompts, teacher), teacher, part=part)
+        self._origin = start
         self.folder = self.config.output_dir
         self.result: dict[str, Any] = {}
+        self.samples: tuple[list[str], Tensor, Tensor] | None = None
+        """Prompts, noise and what the student made of them at the end."""
         self._stop_requested = False
         self._log: Any = None
         self._roles: Any = None
@@ -101,13 +109,14 @@ class Trainer:
         self._make_folder()
         torch.manual_seed(self.config.seed)
         self._teacher_hash = self.teacher.identity()
-        self._roles = Roles(self.teacher, self.method.roles())
+        self._roles = Roles(self.teacher, self.method.roles(), self._origin)
         self._optimizers = {name: self._optimizer(name) for name in self.method.roles()}
         student = self._roles.parameters("student")
         decay = self.config.ema_decay
         self._ema = EMAModel(student, decay=decay, use_ema_warmup=True, power=0.75, foreach=True) if decay else None
         self._health = Health(self.config.max_bad_steps)
         self._log = Log(self.folder, self.accelerator, total=self.config.max_steps, every=self.config.log_every)
+        self._monitor = Monitor(self.method, self._roles, *self._fixed(_SHOWN))
         self._step, self._seconds = 0, 0.0
         if self.config.resume:
             self._resume(checkpoint.latest(self.folder / "checkpoints"))
@@ -174,6 +183,8 @@ class Trainer:
         for update in self.method.updates(step):
             trained = self.method.trains(update)
             terms = self._backward(update, micro, trained)
+            if not trained:
+                continue
             norm = self._reduce_and_clip(trained)
             accepted = self._health.accept(norm, update=update, step=step)
             for name in trained:
@@ -184,6 +195,8 @@ class Trainer:
                 optimizer.zero_grad()
             if accepted and "student" in trained and self._ema:
                 self._ema.step(self._roles.parameters("student"))
+            if accepted:
+                self.method.after(update, self._roles)
             self._log.add(update, terms, norm, accepted)
 
     def _micro_batches(self, step: int) -> list[Batch]:
@@ -191,16 +204,18 @@ class Trainer:
         rank, device = self.accelerator.process_index, self.accelerator.device
         parts = [slice(i * size, (i + 1) * size) for i in range(count)]
         draws = [Draws(self.config.seed, rank, step, size=size * count, part=part, device=device) for part in parts]
-        return [Batch(d, self.prompts, self.teacher) for d in draws]
+        shared: dict[str, Any] = {}
+        return [Batch(d, self.prompts, self.teacher, shared=shared) for d in draws]
 
     def _backward(self, update: str, micro: list[Batch], trained: tuple[str, ...]) -> dict[str, Tensor]:
         """Gradients of the mean loss over the micro-batches; returns the means of its terms."""
         self._roles.train_only(*trained)
         means: dict[str, Tensor] = {}
         for batch in micro:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), torch.set_grad_enabled(bool(trained)):
                 terms = self.method.loss(update, batch, self._roles)
-            self.accelerator.backward(sum(terms.values()) / len(micro))
+            if trained:
+                self.accelerator.backward(sum(terms.values()) / len(micro))
             means = {name: means.get(name, 0.0) + value.detach() / len(micro) for name, value in terms.items()}
         return means
 
@@ -241,6 +256,10 @@ class Trainer:
         fields = {**dataclasses.asdict(self.method), **options, "world_size": self.accelerator.num_processes}
         fields |= {"method": self.method.name(), "teacher": self.teacher.name, "teacher_hash": self._teacher_hash}
         fields |= {"prompts": len(self.prompts), "prompts_hash": self.prompts.hash()}
+        if self.prompts.part is not None:
+            fields["part"] = self.prompts.part.tolist()
+        if self._origin is not None:
+            fields["start"] = self._origin.hash()
         return json.loads(json.dumps(fields, default=str))
 
     def _save(self) -> None:
@@ -293,7 +312,7 @@ class Trainer:
     def _fixed(self, n: int) -> tuple[list[str], Tensor]:
         """Prompts and noise that are the same throughout a run."""
         generator = generator_for(self.config.seed, "validation")
-        index = cycled(len(self.prompts), n, generator)
+        index = self.prompts.rows(cycled(self.prompts.drawable, n, generator))
         noise = torch.randn(n, *self.teacher.latent_shape, generator=generator)
         return [self.prompts.prompts[i] for i in index.tolist()], noise.to(self.accelerator.device)
 
@@ -305,6 +324,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             images = self._with_ema(self._preview)
             self._show(images, f"step-{self._step:08d}.png")
+            if self.method.delivers == "pipeline":
+                signals, advice = self._monitor.look(self._log.latest(), self._health.share)
+                self._log.note({f"health/{name}": value for name, value in signals.items()})
+                for text in advice:
+                    self._log.say(f"step {self._step}: {text}")
 
     def _show(self, images: Tensor, name: str) -> None:
         if images.ndim == 4 and images.shape[1] in {1, 3}:  # what a teacher decodes to need not be pictures
@@ -325,6 +349,7 @@ class Trainer:
         self._roles.close()
         self._log.close_bar()
         delivered = self.method.deliver(Finished(self.teacher, network, self.folder, note, *self._fixed(_SHOWN)))
+        self.samples = (*self._fixed(_SHOWN), delivered.images)
         self._show(delivered.images, "final.png")
         difference = delivered.difference
         self._log.say(f"exported to {self.folder}; {delivered.reader} differs from the trainer by {difference:.1e} at most")
@@ -336,6 +361,7 @@ class Trainer:
             "seconds_train": round(self._seconds, 2),
             "export_max_abs_diff": difference,
             "bad_updates": self._health.total,
+            "warnings": self._monitor.warnings,
             "network_samples": dict(self._roles.ledger),
         }
         return delivered.product

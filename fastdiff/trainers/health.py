@@ -11,7 +11,7 @@ class Health:
     """Counts bad updates, each kind for itself: a sound fake score must not hide a dead student."""
 
     def __init__(self, max_bad_steps: int) -> None:
-        self.max_bad_steps, self.total = max_bad_steps, 0
+        self.max_bad_steps, self.total, self.updates = max_bad_steps, 0, 0
         self.in_a_row: Counter[str] = Counter()
 
     def accept(self, norm: float, *, update: str, step: int) -> bool:
@@ -20,6 +20,7 @@ class Health:
         Raises:
             UserError: more than ``max_bad_steps`` bad updates of one kind in a row.
         """
+        self.updates += 1
         if math.isfinite(norm):
             self.in_a_row[update] = 0
             return True
@@ -32,8 +33,13 @@ class Health:
             )
         return False
 
+    @property
+    def share(self) -> float:
+        """Bad updates among all."""
+        return self.total / max(self.updates, 1)
+
     def state(self) -> dict[str, Any]:
-        return {"in_a_row": dict(self.in_a_row), "total": self.total}
+        return {"in_a_row": dict(self.in_a_row), "total": self.total, "updates": self.updates}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.in_a_row, self.total = Counter(state["in_a_row"]), state["total"]
+        self.in_a_row, self.total, self.updates = Counter(state["in_a_row"]), state["total"], state["updates"]

@@ -21,12 +21,15 @@ class Log:
         self._file = (folder / "log.jsonl").open("a", encoding="utf-8") if self.main else None
         self._bar: Any = None
         self._latest: dict[str, Tensor | float] = {}
+        self._terms: dict[str, Tensor] = {}
         if accelerator.log_with:
             accelerator.init_trackers(folder.name, init_kwargs={})
 
     def add(self, update: str, terms: dict[str, Tensor], norm: float, accepted: bool) -> None:
         """Note one update; a skipped one is said at once."""
-        self._latest.update({name: value.detach() for name, value in terms.items()})
+        detached = {name: value.detach() for name, value in terms.items()}
+        self._terms.update(detached)
+        self._latest.update(detached)
         self._latest[f"grad_norm/{update}"] = norm
         if not accepted:
             self.say(f"skipped an update of {update}: its gradient is not finite")
@@ -46,9 +49,17 @@ class Log:
         if self._bar is None:
             start = max(step - self.every, 0)
             self._bar = tqdm(total=self.total, initial=start, desc="training", unit="it", dynamic_ncols=True)
-        shown = {name: f"{value:.3g}" for name, value in values.items() if not name.startswith("grad_norm")}
+        shown = {name: f"{value:.3g}" for name, value in values.items() if "/" not in name}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
+
+    def latest(self) -> dict[str, float]:
+        """The last value of every loss term."""
+        return {name: float(value) for name, value in self._terms.items()}
+
+    def note(self, values: dict[str, float]) -> None:
+        """Numbers for the next line."""
+        self._latest.update(values)
 
     def progress(self, label: str, total: int) -> Callable[[int], None]:
         """A bar of its own for work before the training."""

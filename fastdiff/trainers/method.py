@@ -24,14 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data.prompts import PromptTable
-from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.diffusion.process import LEVELS
 from fastdiff.errors import UserError
 from fastdiff.models.condition import repeat
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.pipelines.export import export_student
+from fastdiff.pipelines.export import Schedule, export_student
 from fastdiff.trainers.draws import Draws
+from fastdiff.trainers.trajectory import Generators, Sampler, own_generators, trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class Trial:
     bounds: Mapping[str, float]
     """The largest value of each metric that passes."""
     max_steps: int
+    law: str = ""
+    """The law, where the trial's own name says more than that."""
     batch_size: int = 512
     ema_decay: float = 0.99
 
@@ -77,6 +80,8 @@ class Batch:
     prompts: PromptTable
     teacher: Teacher
     memo: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What the micro-batches of one iteration leave each other: one dict for all of them."""
 
     def __len__(self) -> int:
         return len(self.draws)
@@ -85,8 +90,13 @@ class Batch:
     def cond(self) -> Any:
         """Conditions of prompts drawn uniformly, the same whenever they are asked for in one iteration."""
         if "cond" not in self.memo:
-            self.memo["cond"] = self.prompts.conditions(self.draws.integers("prompts", 0, len(self.prompts)))
+            self.memo["cond"] = self.prompts.conditions(self.prompt_index)
         return self.memo["cond"]
+
+    @property
+    def prompt_index(self) -> Tensor:
+        """Which prompts those are [B]."""
+        return self.prompts.rows(self.draws.integers("prompts", 0, self.prompts.drawable))
 
     @property
     def null(self) -> Any:
@@ -97,9 +107,13 @@ class Batch:
         """Fresh standard normal latents."""
         return self.draws.normal(name, self.teacher.latent_shape)
 
-    def times(self, name: str, low: int, high: int) -> Tensor:
-        """Times t uniform on low..high inclusive, one per sample."""
-        return self.draws.integers(name, low, high + 1)
+    def times(self, name: str, low: int | Tensor, high: int | Tensor) -> Tensor:
+        """Times of levels uniform on low..high inclusive, one per sample; the ends are levels 0..999, or one a sample, [B]."""
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            level = (low + self.draws.uniform(name) * (high + 1 - low)).floor()
+        else:
+            level = self.draws.integers(name, low, high + 1)
+        return self.teacher.process.at_level(level)
 
 
 @dataclass(frozen=True)
@@ -160,14 +174,18 @@ class Method(ABC):
 
     info: ClassVar[Paper]
     trials: ClassVar[Mapping[str, Trial]] = {}
-    """The laws this method must recover, by their names in ``fastdiff.proof.laws``."""
+    """What this method must recover, by the names of laws in ``fastdiff.proof.laws``, or by names of its own."""
     bf16_tolerance: ClassVar[tuple[float, float]] = (0.05, 0.2)
     """How far, relatively, the terms and the gradients of one update in bf16 autocast may be from float32: where two near scores
     are subtracted, rounding shows."""
+    sampler: ClassVar[Sampler] = "ddim"
+    """How the student goes from one level to the next: deterministically, or by noising x0 anew ("consistency")."""
     delivers: ClassVar[Literal["pipeline", "scenes"]] = "pipeline"
     """What a training ends with: a network that samples, or the particles of ``fastdiff.models.scenes``."""
     fixed_point: ClassVar[str] = ""
     """The update whose gradient is zero where the student has the teacher's law and all scores are exact and unguided."""
+    fixed_point_fields: ClassVar[Mapping[str, Any]] = {}
+    """Settings under which that law can be stated, besides those of the first trial."""
 
     @classmethod
     def name(cls) -> str:
@@ -183,12 +201,16 @@ class Method(ABC):
         """The updates of iteration ``step``, in order."""
 
     def trains(self, update: str) -> tuple[str, ...]:
-        """The roles that an update trains; by default the one it is named after."""
+        """The roles that an update trains; by default the one it is named after. One that trains none runs without gradient."""
         return (update,)
 
     @abstractmethod
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         """Named scalar terms; their sum is minimised over ``trains(update)``."""
+
+    def after(self, update: str, roles: Roles) -> None:
+        """What follows the optimisers' steps of an update, besides them."""
+        del update, roles
 
     @abstractmethod
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
@@ -208,7 +230,7 @@ class Method(ABC):
         return Prepared()
 
     def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:
-        """The times that losses draw, both ends included, by the name of the draw; ``times`` draws what is declared here."""
+        """The levels (0..999, see ``NoiseProcess.at_level``) that losses draw, both ends included, by the name of the draw."""
         del teacher
         return {}
 
@@ -216,51 +238,69 @@ class Method(ABC):
         """Times t uniform on ``noise_range(teacher)[name]``, one per sample."""
         return batch.times(name, *self.noise_range(batch.teacher)[name])
 
-    def timesteps(self, teacher: Teacher) -> list[int]:
-        """The times at which the student is called to make a sample."""
-        return [last_time(teacher.process)]
+    def levels(self) -> list[int]:
+        """The levels at which the student is called to make a sample, falling."""
+        return [LEVELS - 1]
+
+    def timesteps(self, teacher: Teacher) -> list[int] | list[float]:
+        """The times of ``levels``."""
+        times: list[int] | list[float] = teacher.process.at_level(torch.tensor(self.levels())).tolist()
+        return times
+
+    def schedule(self, teacher: Teacher) -> Schedule:
+        """What the exported pipeline must do."""
+        return Schedule(self.timesteps(teacher), self.sampler)
 
     def validate(self, teacher: Teacher) -> None:
         """Refuse, with the reason, a teacher this method cannot use."""
         del teacher
 
-    def sample(self, student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
-        """One call at the largest time: ``x0 = (z - sigma_T eps(z, T)) / alpha_T`` for an eps-network."""
-        return one_step(student, noise, cond)
+    def sample(self, student: Denoiser, noise: Tensor, cond: Any, generators: Generators = None) -> Tensor:
+        """x0 [B, ...] from unit noise [B, ...]: one call a level, with ``sampler`` between them.
+
+        Args:
+            generators: where a stochastic sampler draws its noise, one or one a sample; not needed for one step.
+        """
+        return trajectory(student, noise, cond, self.levels(), self.sampler, generators)[-1].x0
+
+    def teacher_guidance(self) -> float:
+        """The guidance scale of the teacher that the student is to equal."""
+        return float(getattr(self, "guidance_scale", 1.0))
+
+    def signals(self, terms: Mapping[str, float]) -> dict[str, float]:
+        """Signals of ``monitors`` that the latest loss terms tell."""
+        del terms
+        return {}
 
     def preview(self, roles: Roles, prompts: list[str], noise: Tensor) -> Tensor:
         """Images of the student in the middle of a training."""
-        return roles.teacher.decode(self.sample(roles.denoiser("student"), noise, roles.teacher.encode(prompts)))
+        cond = roles.teacher.encode(prompts)
+        return roles.teacher.decode(self.sample(roles.denoiser("student"), noise, cond, own_generators(len(noise))))
 
-    def draw(self, network: nn.Module, teacher: Teacher, noise: Tensor, cond: Any) -> Tensor:
+    def draw(self, network: nn.Module, teacher: Teacher, noise: Tensor, cond: Any, generators: Generators = None) -> Tensor:
         """Samples of a trained student, one a noise."""
-        return self.sample(Denoiser(teacher.family.network(network), teacher.process, teacher.prediction_type), noise, cond)
+        student = Denoiser(teacher.family.network(network), teacher.process, teacher.prediction_type)
+        return self.sample(student, noise, cond, generators)
 
     def deliver(self, finished: Finished) -> Delivered:
         """Write what the training was for, read it back and compare."""
         teacher, network, prompts, noise = finished.teacher, finished.network, finished.prompts, finished.noise
         with torch.no_grad():
-            images = teacher.decode(self.draw(network, teacher, noise, teacher.encode(prompts)))
-        product, difference = export_student(teacher, network, finished.folder, finished.note, prompts, noise, images, self.sample)
+            images = teacher.decode(self.draw(network, teacher, noise, teacher.encode(prompts), own_generators(len(noise))))
+
+        def sample(student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
+            return self.sample(student, noise, cond, own_generators(len(noise)))
+
+        product, difference = export_student(
+            teacher, network, finished.folder, finished.note, self.schedule(teacher), prompts, noise, images, sample
+        )
         reader = "plain diffusers" if teacher.pipeline is not None else "a reloaded network"
         return Delivered(product, images, reader, difference)
 
 
 def one_step(student: Denoiser, noise: Tensor, cond: Any) -> Tensor:
-    """``x0`` [B, C, h, w] of one network call at t = T from ``noise``."""
-    t = torch.full((len(noise),), last_time(student.process), device=noise.device)
-    return student(noise, t, cond).x0
-
-
-def last_time(process: NoiseProcess) -> int:
-    """T, where a one-step student starts."""
-    return int(process.t_max)
-
-
-def needs_thousand_times(teacher: Teacher) -> None:
-    """Refuse a teacher whose times are not 0..999: the papers' range 20..980 would be another share of its path."""
-    if int(teacher.process.t_max) != 999:
-        raise UserError(f"{teacher.name} has times 0..{int(teacher.process.t_max)}; this method draws t from 20..980 of 0..999.")
+    """``x0`` [B, ...] of one network call at the largest time from unit noise: ``x0 = (z - sigma_T eps(z, T)) / alpha_T``."""
+    return trajectory(student, noise, cond, [LEVELS - 1], "ddim")[-1].x0
 
 
 def needs_bottleneck(teacher: Teacher) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.data.images import save_gif
-from fastdiff.diffusion.process import expand
+from fastdiff.diffusion.process import LEVELS, expand
 from fastdiff.errors import UserError
 from fastdiff.losses import denoising, pseudo_target, reduce, variational_score_gradient
 from fastdiff.models.pose import CameraEmbedding, added_to
@@ -43,9 +43,8 @@ from fastdiff.trainers.method import (
     Paper,
     Preparation,
     Trial,
-    last_time,
-    needs_thousand_times,
 )
+from fastdiff.trainers.trajectory import Generators
 
 
 @dataclass(kw_only=True)
@@ -164,7 +163,6 @@ class ProlificDreamer(Method):
         return roles
 
     def validate(self, teacher: Teacher) -> None:
-        needs_thousand_times(teacher)
         if self.three_d and len(teacher.latent_shape) != 3:
             raise UserError(
                 f"{teacher.name} has samples of shape {teacher.latent_shape}, and {self.scene} show pictures [C, H, W]: use images."
@@ -183,7 +181,7 @@ class ProlificDreamer(Method):
 
     def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:
         ranges = {"student_t": (20, 980), "annealed_t": (20, 500)}
-        return ranges | ({"fake_t": (0, last_time(teacher.process))} if self.score == "vsd" else {})
+        return ranges | ({"fake_t": (0, LEVELS - 1)} if self.score == "vsd" else {})
 
     def updates(self, step: int) -> tuple[str, ...]:
         first = "student" if step < self.anneal_after else "annealed"
@@ -216,7 +214,7 @@ class ProlificDreamer(Method):
             process, cond = roles.teacher.process, self._cond(batch)
             x_t = process.add_noise(x, eps, t)
             real = roles.denoiser("teacher").guided(x_t, t, cond, batch.null, self.guidance_scale)
-            weight = expand(process.sigma(t).square(), x)
+            weight = expand((process.sigma(t) / process.norm(t)).square(), x)
             gradient = variational_score_gradient(real.eps, self._subtracted(x_t, t, eps, batch, roles), weight=weight)
         return reduce(pseudo_target(x, gradient), denominator=len(x))
 
@@ -284,12 +282,12 @@ class ProlificDreamer(Method):
 
     # --- what comes out
 
-    def timesteps(self, teacher: Teacher) -> list[int]:
+    def levels(self) -> list[int]:
         return []
 
-    def draw(self, network: nn.Module, teacher: Teacher, noise: Tensor, cond: Any) -> Tensor:
+    def draw(self, network: nn.Module, teacher: Teacher, noise: Tensor, cond: Any, generators: Generators = None) -> Tensor:
         """The particles in turn, each from the next of as many azimuths as there are samples of it."""
-        del teacher, cond
+        del teacher, cond, generators
         index = torch.arange(len(noise), device=noise.device) % self.particles
         turns = -(-len(noise) // self.particles)
         ring = Camera.turntable(turns, elevation=sum(self.elevation) / 2, device=noise.device)

@@ -14,22 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from fastdiff.diffusion.process import expand
-from fastdiff.errors import UserError
-from fastdiff.losses import denoising, pseudo_target, reduce, variational_score_gradient
-from fastdiff.models.roles import Role, Roles
-from fastdiff.models.teacher import Teacher
-from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers.method import Batch, Calls, Paper, Trial, last_time, needs_thousand_times, one_step
+from fastdiff.trainers._variational import VariationalMethod
+from fastdiff.trainers.method import Batch, Paper, Trial
 
 _TRIAL = {"guidance_scale": 1.0, "lr": 2e-4, "fake_score_lr": 2e-3}
 
 
 @dataclass(kw_only=True)
-class SwiftBrush(PairedMethod):
+class SwiftBrush(VariationalMethod):
     """One-step student by variational score distillation with a LoRA fake score; needs prompts only."""
 
     info: ClassVar[Paper] = Paper(
@@ -45,83 +37,11 @@ class SwiftBrush(PairedMethod):
         "gaussian": Trial(fields=_TRIAL, bounds={"w2": 0.9, "covariance": 0.15}, max_steps=4000),
         "classes": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.25, "mode_mass": 0.95, "stray": 0.35}, max_steps=4000),
     }
-    fixed_point: ClassVar[str] = "student"
-
     guidance_scale: float = 4.5
     """Guidance of teacher and fake score alike; 1 is off."""
-    lr: float = 1e-5
-    """Student learning rate (official command: 1e-6)."""
-    fake_score_lr: float = 1e-3
-    """Learning rate of the fake score's adapter."""
-    rank: int = 64
-    """LoRA rank of the fake score."""
-    lora_alpha: float = 108.0
-    """LoRA alpha of the fake score."""
-    null_probability: float = 0.1
-    """How often the fake score learns the null prompt, which its guidance needs; decided once per batch."""
-    warm_start_steps: int = 0
-    """First regress on ODE pairs for so many iterations (0: not at all, as in the paper)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.null_probability <= 1:
-            raise UserError(f"null_probability is {self.null_probability}: it must be in [0, 1].")
-        if self.warm_start_steps < 0:
-            raise UserError(f"warm_start_steps is {self.warm_start_steps}: it must not be negative; 0 turns the warm start off.")
+    def guided(self) -> bool:
+        return self.guidance_scale != 1
 
-    def roles(self) -> dict[str, Role]:
-        fake = Role(
-            train="lora",
-            lr=self.fake_score_lr,
-            rank=self.rank,
-            lora_alpha=self.lora_alpha,
-            lora_targets=("to_q", "to_v"),
-        )
-        return {"student": Role(train="full", lr=self.lr), "fake_score": fake}
-
-    def validate(self, teacher: Teacher) -> None:
-        needs_thousand_times(teacher)
-
-    def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:
-        return {"student_t": (20, 980), "fake_t": (0, last_time(teacher.process))}
-
-    def regresses(self) -> bool:
-        return self.warm_start_steps > 0
-
-    def updates(self, step: int) -> tuple[str, ...]:
-        return (REGRESSION,) if step < self.warm_start_steps else ("student", "fake_score")
-
-    def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
-        if REGRESSION in updates:
-            return {"student": Calls(1, 1)}
-        guided = 1 if self.guidance_scale == 1 else 2
-        return {"student": Calls(1, 1), "teacher": Calls(guided, 0), "fake_score": Calls(guided + 1, 1)}
-
-    def lr_of(self, role: str, step: int) -> float:
-        return self.regression_lr if step < self.warm_start_steps else super().lr_of(role, step)
-
-    def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        if update == REGRESSION:
-            return self.regression(batch, roles)
-        return self._student_loss(batch, roles) if update == "student" else self._fake_score_loss(batch, roles)
-
-    def _student_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        x = one_step(roles.denoiser("student"), batch.noise("z"), batch.cond)
-        batch.memo["x"] = x.detach()
-        t, eps = self.times("student_t", batch), batch.noise("student_eps")
-        with torch.no_grad():
-            process = roles.teacher.process
-            x_t = process.add_noise(x, eps, t)
-            real = roles.denoiser("teacher").guided(x_t, t, batch.cond, batch.null, self.guidance_scale)
-            fake = roles.denoiser("fake_score").guided(x_t, t, batch.cond, batch.null, self.guidance_scale)
-            weight = expand(process.sigma(t).square(), x)
-            gradient = variational_score_gradient(real.eps, fake.eps, weight=weight)
-        return {"vsd": reduce(pseudo_target(x, gradient))}
-
-    def _fake_score_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        x, process = batch.memo["x"], roles.teacher.process
-        t, eps = self.times("fake_t", batch), batch.noise("fake_eps")
-        cond = batch.null if batch.draws.choice("null") < self.null_probability else batch.cond
-        fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, cond)
-        weight = expand(process.alpha(t).square(), x)
-        return {"fake_score": reduce(denoising(fake.eps, eps, weight=weight))}
+    def scale(self, batch: Batch) -> float:
+        return self.guidance_scale

@@ -44,7 +44,8 @@ def test_without_words_it_is_the_default_method_on_the_bundled_teacher():
     assert (run.teacher, run.prompts, run.evaluate) == ("fashion", None, True)
     assert method.name() == DEFAULT_METHOD
     assert str(config.output_dir) == f"runs/{DEFAULT_METHOD}-fashion"
-    assert (measuring.num_images, measuring.teacher_steps, measuring.teacher_guidance_scale) == (None, (25, 1), 3.0)
+    assert (measuring.num_images, measuring.teacher_steps, measuring.teacher_guidance_scale) == (None, None, None)
+    assert measuring.rows_of_teacher == ((25, 1), 3.0)
 
 
 def test_the_default_output_is_named_after_method_and_teacher():
@@ -232,7 +233,7 @@ def test_bad_prompts_are_one_line(stranger, tmp_path, capsys):
 
 def test_wrong_words_are_refused_before_anything_is_loaded(tmp_path, capsys):
     for words, expected in [
-        (["dmd3"], "no method 'dmd3', did you mean 'dmd2'? Methods: dmd2, ode-pairs, swiftbrush."),
+        (["ode-pear"], f"no method 'ode-pear', did you mean 'ode-pairs'? Methods: {', '.join(methods())}."),
         (["--config"], "--config needs a file."),
         (["--config", str(tmp_path / "no.yaml")], "no.yaml cannot be read: No such file or directory."),
     ]:

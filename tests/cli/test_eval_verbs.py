@@ -22,6 +22,12 @@ def result(path: Path, fd: float, *, n: int = 2000, model: str = "student", reco
     return path
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept by default goes below the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
     folder = tmp_path / "photographs"
@@ -222,3 +228,28 @@ def test_a_grid_of_too_few_stored_images_is_a_message(
 ) -> None:
     assert main(["eval", "grid", str(photographs), "--columns", "13", "--output", str(tmp_path / "g.png")]) == 2
     assert "has 12 images" in capsys.readouterr().err
+
+
+def test_the_facts_of_all_files_are_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for name, seed, torch_version in (("a", 0, "2.1"), ("b", 1, "2.2")):
+        row = {"model": name, "fd": 0.5, "n": 2000}
+        facts = {"seed": seed, "score": "FD[x]", f"note on {name}": "JPEG"}
+        rows_json(tmp_path / f"{name}.json", [row], evaluation=facts, environment={"torch": torch_version, "cores": "2"})
+        files.append(str(tmp_path / f"{name}.json"))
+    page = tmp_path / "page.html"
+    assert main(["eval", "report", *files, "--output", str(page)]) == 0
+    text = page.read_text()
+    for name, value in (
+        ("seed, a.json", "0"),
+        ("seed, b.json", "1"),
+        ("score", "FD[x]"),
+        ("note on b, b.json", "JPEG"),
+        ("torch, a.json", "2.1"),
+        ("torch, b.json", "2.2"),
+        ("cores", "2"),
+    ):
+        assert f"<tr><th>{name}</th><td>{value}</td></tr>" in text
+    rows_json(tmp_path / "c.json", [{"model": "c", "fd": 0.5, "n": 2000}], evaluation={"score": "FD[y]"})
+    assert main(["eval", "report", files[0], str(tmp_path / "c.json"), "--output", str(tmp_path / "no.html")]) == 2
+    assert "of different networks" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from fastdiff.cli.evaluate import Options as EvalOptions
 from fastdiff.cli.evaluate import check, of_the_world
@@ -69,3 +70,31 @@ def test_the_world_is_known_by_its_vocabulary(stranger):
     assert not of_the_world(pipeline)
     pipeline.tokenizer = tokenizer()
     assert of_the_world(pipeline)
+
+
+def test_a_folder_that_is_not_there_is_blamed_and_not_the_teacher(stranger, tmp_path, capsys):
+    for words in (["sweep", "fashion", "runs/nope", "--output", str(tmp_path / "x.png")], ["fashion", "runs/nope"]):
+        assert main(["eval", *words]) == 2
+        assert "there is no folder runs/nope" in capsys.readouterr().err
+    assert main(["eval", str(stranger), str(tmp_path / "nope")]) == 2
+    assert f"there is no folder {tmp_path / 'nope'}" in capsys.readouterr().err
+
+
+def test_a_folder_of_images_is_told_of_the_protocol_it_needs(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    assert main(["eval", str(tmp_path)]) == 2
+    assert "is a folder of images, whose scores need a protocol: give --protocol" in capsys.readouterr().err
+
+
+def test_missing_weights_are_asked_for_in_words_of_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FASTDIFF_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.new("RGB", (8, 8), (99 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    words = ["eval", "stats", str(tmp_path / "images"), "--protocol", "clean", "--output", str(tmp_path / "x.npz")]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "give --weights PATH, or put it into the folder that FASTDIFF_WEIGHTS names." in err
+    assert "weights=" not in err
+    assert "allow_download" not in err

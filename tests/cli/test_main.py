@@ -38,7 +38,7 @@ def test_help_lists_every_command_and_every_command_exists(capsys):
     shown = capsys.readouterr().out
     for name in COMMANDS:
         assert f"\n  {name} " in shown
-        module = {"eval": "evaluate"}.get(name, name)
+        module = {"eval": "evaluate"}.get(name, name).replace("-", "_")
         assert callable(importlib.import_module(f"fastdiff.cli.{module}").run)
 
 
@@ -51,7 +51,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["distil"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    known = "distill, plan, sample, eval, certify, methods"
+    known = "distill, distill-multi, plan, sample, eval, certify, methods"
     assert err == f"fastdiff: no command 'distil', did you mean 'distill'? Commands: {known}.\n"
 
 

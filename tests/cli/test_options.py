@@ -55,6 +55,25 @@ def test_a_wrong_option_exits_with_2_and_says_so_on_stderr(capsys, words):
         assert "--max-steps" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--learning-rate", "1e-4"], "no option --learning-rate, did you mean --lr?"),
+        (["--learning_rate=1e-4"], "no option --learning_rate, did you mean --lr?"),
+        (["--iterations", "5"], "no option --iterations, did you mean --max-steps?"),
+    ],
+)
+def test_the_name_that_others_have_for_an_option_is_told_ours(words, says):
+    with pytest.raises(UserError) as error:
+        parsed(words)
+    assert str(error.value) == says
+
+
+def test_a_method_with_another_rate_is_named_that_one():
+    assert nearest("learning_rate", ["max_steps", "regression_lr"]) == ", did you mean 'regression_lr'?"
+    assert nearest("learning_rate", ["max_steps", "lr", "fake_score_lr"]) == ", did you mean 'lr'?"
+
+
 def test_help_shows_the_docstring_under_a_field(capsys):
     with pytest.raises(SystemExit) as stopped:
         parsed(["--help"])

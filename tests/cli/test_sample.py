@@ -1,6 +1,8 @@
 """``fastdiff sample``: the picture, and nothing half-written."""
 
 import errno
+import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -27,12 +29,30 @@ def test_the_seed_decides_the_picture(stranger, tmp_path):
     assert a == b != c
 
 
+def test_a_negative_prompt_changes_the_picture_unless_its_scale_is_off(stranger, tmp_path):
+    cases = {
+        "bare": [],
+        "off": ["--negative-prompt", "boot", "--negative-scale", "0"],
+        "nasa": ["--negative-prompt", "boot"],
+        "nag": ["--negative-prompt", "boot", "--negative-rule", "nag"],
+    }
+    for name, words in cases.items():
+        call = ["--prompt", "a zebra", "--num-images", "1", "--steps", "1", "--guidance-scale", "1", *words]
+        assert main(["sample", str(stranger), *call, "--output", str(tmp_path / f"{name}.png")]) == 0
+    pictures = {name: (tmp_path / f"{name}.png").read_bytes() for name in cases}
+    assert pictures["bare"] == pictures["off"]
+    assert len(set(pictures.values())) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "x", "--num-images", "0"], "--num-images is 0"),
         (["--prompt", "x", "--steps", "-1"], "--steps is -1"),
+        (["--prompt", "x", "--negative-scale", "0.2"], "there is no --negative-prompt"),
+        (["--prompt", "x", "--negative-prompt", "y", "--negative-scale", "-1"], "--negative-scale: nasa scale is -1.0"),
+        (["--prompt", "x", "--negative-prompt", "y"], "--negative-prompt: guidance_scale is 7.5"),
         (["--prompt", "x", "--output", "grid.txt"], "does not end like an image file"),
         (["--prompt", "x", "--device", "quantum"], "--device quantum cannot be used here"),
     ],
@@ -63,3 +83,13 @@ def test_a_full_disk_leaves_the_old_picture_and_no_part_of_the_new(stranger, tmp
     assert "the disk is full" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
     assert output.read_bytes() == b"old"
+
+
+def test_steps_of_a_student_of_one_step_are_refused_and_its_own_is_not(stranger, tmp_path, capsys):
+    student = shutil.copytree(stranger, tmp_path / "student")
+    (student / "fastdiff.json").write_text(json.dumps({"num_inference_steps": 1}))
+    words = ["sample", str(student), "--prompt", "a zebra", "--num-images", "1", "--output", str(tmp_path / "grid.png")]
+    assert main([*words, "--steps", "4"]) == 2
+    assert "is a student of one step, and --steps 4 would change nothing" in capsys.readouterr().err
+    assert not (tmp_path / "grid.png").exists()
+    assert main([*words, "--steps", "1"]) == 0

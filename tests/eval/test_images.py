@@ -7,7 +7,9 @@ from fastdiff.errors import UserError
 from fastdiff.eval import images as module
 from fastdiff.eval.bank import FeatureBank
 from fastdiff.eval.extractor import FeatureExtractor
+from fastdiff.eval.extractors import load_extractor
 from fastdiff.eval.images import ImageFolder, features_of_folder, prepared
+from fastdiff.eval.looks import CHECKSUM, looks
 from fastdiff.eval.preprocess import Preprocess
 
 
@@ -166,3 +168,15 @@ def test_an_empty_folder_is_said_so(tmp_path):
         ImageFolder(tmp_path)
     with pytest.raises(UserError, match="no folder of images"):
         ImageFolder(tmp_path / "none")
+
+
+def test_what_is_looked_at_are_the_files_and_in_their_order(tmp_path):
+    draw = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(draw.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    folder, seen = ImageFolder(tmp_path), []
+    features_of_folder(folder, load_extractor("random-conv"), workers=0, batch_size=2, looked=seen.append)
+    assert [len(part) for part in seen] == [2, 2, 1]
+    own = looks(folder(torch.arange(5)))
+    torch.testing.assert_close(torch.cat(seen), own, rtol=0, atol=1e-6)
+    assert len(own[:, CHECKSUM].unique()) == 5

@@ -13,7 +13,8 @@ from fastdiff.eval.extractors import load_extractor
 from fastdiff.eval.frechet import frechet
 from fastdiff.eval.generate import generate
 from fastdiff.eval.images import ImageFolder
-from fastdiff.eval.measure import measure, open_extractor, open_instruments
+from fastdiff.eval.instruments import open_extractor, open_instruments
+from fastdiff.eval.measure import SHOWN, measure
 from fastdiff.eval.prdc import prdc
 from fastdiff.eval.protocol import Protocol
 from fastdiff.eval.reference import write_reference
@@ -114,3 +115,21 @@ def test_a_score_that_is_not_defined_is_left_out(tmp_path: Path, reference: Path
     row = measure(noisy("dim", 0.7), PROMPTS[:3], tmp_path / "three", instruments, workers=0, repeats=0).result.row()
     assert "kid" in row
     assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_gates_see_images_beyond_those_that_are_shown(tmp_path: Path, reference: Path, workers: int) -> None:
+    """A collapse that begins at image 70."""
+    n = SHOWN + 16
+
+    def draw(prompts: list[str], generators: list[torch.Generator]) -> Tensor:
+        own = [torch.rand(1, 3, 8, 8, generator=g) for g in generators]
+        return torch.cat([x if int(p) < 70 else torch.full_like(x, 0.5) for p, x in zip(prompts, own, strict=True)])
+
+    prompts = [str(i) for i in range(n)]
+    instruments = open_instruments(PROTOCOL, reference=reference, workers=0)
+    found = measure(Subject(name="dead", generate=draw), prompts, tmp_path / "dead", instruments, workers=workers, repeats=0)
+    assert f"10 of {n} images are of one colour: a dead decoder or a safety checker." in found.result.warnings
+    assert f"9 of {n} images look like an earlier one (11.2%): mode collapse?" in found.result.warnings
+    assert not [text for text in found.result.warnings if "not finite" in text or "leave [0, 1]" in text]
+    assert len(found.result.images) == SHOWN

@@ -200,3 +200,8 @@ def test_the_identity_survives_a_move_and_every_change_changes_it(teacher, tmp_p
     again.tokenizer.add_tokens(["zebra"])
     seen.add(pipeline_identity(again))
     assert len(seen) == 6
+
+
+def test_a_bare_call_that_guides_says_the_guidance_of_its_signature(teacher):
+    assert pipeline_subject("dit", tiny_dit()).guidance_scale == 4.0
+    assert pipeline_subject("teacher", teacher, steps=1).guidance_scale == 7.5

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 
@@ -140,7 +141,12 @@ def test_a_changed_folder_of_the_same_name_is_another_source(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"123")
     files = [tmp_path / "b.png", tmp_path / "a.png"]
-    before = source_hash(files)
-    assert source_hash(reversed(files)) == before
-    (tmp_path / "a.png").write_bytes(b"1234")
-    assert source_hash(files) != before
+    before = source_hash(files, tmp_path)
+    one = hashlib.sha256(b"123").hexdigest()
+    assert before == hashlib.sha256(f"{one}  a.png\n{one}  b.png\n".encode()).hexdigest()
+    assert source_hash(reversed(files), tmp_path) == before
+    (tmp_path / "a.png").write_bytes(b"124")  # of equal size
+    assert source_hash(files, tmp_path) != before
+    (tmp_path / "a.png").write_bytes(b"123")
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    assert source_hash([tmp_path / "a.png", tmp_path / "c.png"], tmp_path) != before

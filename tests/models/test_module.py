@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import Teacher, Trainer
+from fastdiff.data.pairs import make_pairs
+from fastdiff.data.prompts import PromptTable
 from fastdiff.diffusion import EDM, DiscreteVP, GaussianMixture, NoiseProcess, Prediction, RectifiedFlow, TrigFlow
+from fastdiff.diffusion.gaussian import Gaussian
 from fastdiff.errors import UserError
 from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.roles import Role, Roles
@@ -113,13 +116,21 @@ def test_a_gan_on_a_network_without_bottleneck_is_refused_before_training(tmp_pa
         Trainer(DMD2(gan_weight=1e-3), teacher, output_dir=tmp_path, max_steps=3).train()
 
 
-@pytest.mark.parametrize("process", [EDM(), RectifiedFlow(), TrigFlow()], ids=lambda p: type(p).__name__)
-def test_a_process_without_integer_times_is_refused_before_training(process: NoiseProcess, tmp_path: Path) -> None:
-    """ODE pairs once trained on nan, or on the wrong times, and exported without a word."""
-    law = GaussianMixture.ring(process)
-    teacher = Teacher.from_module(mlp(), process, "sample", shape=(2,), law=law)
-    with pytest.raises(UserError, match=type(process).__name__):
-        Trainer(ODEPairs(pairs=8, pair_steps=2), teacher, output_dir=tmp_path, max_steps=3)
+@pytest.mark.parametrize(
+    "process", [EDM(), RectifiedFlow(), TrigFlow(), DiscreteVP(TABLE).continuous()], ids=lambda p: type(p).__name__
+)
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_pairs_are_ends_of_exact_trajectories_under_any_process(process: NoiseProcess, solver: str) -> None:
+    """ODE pairs once were nan, or made at the wrong times, under all but one process."""
+    law = Gaussian.anisotropic(process)
+    teacher = Teacher.from_module(mlp(), process, "sample", shape=law.shape, law=law)
+    pairs = make_pairs(
+        teacher, PromptTable([""], teacher), n=64, num_inference_steps=200, guidance_scale=1.0, seed=0, solver=solver
+    )
+    start = process.initial_scale * pairs.noise.double()
+    end = law.consistency(start, process.at_level(torch.tensor(999)).expand(64))
+    error = ((pairs.x0 - end).square().sum(1).mean() / end.square().sum(1).mean()).sqrt()
+    assert error < (0.03 if solver == "ddim" else 0.01)
 
 
 def test_a_law_of_another_process_or_shape_is_refused() -> None:
@@ -172,6 +183,33 @@ def test_the_output_layer_of_torchs_attention_is_no_target_of_an_adapter() -> No
     """``nn.MultiheadAttention`` reads that layer's weight itself: an adapter on it would compute nothing."""
     teacher = small(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 1), "out": nn.Linear(4, 4)}), shape=(4,))
     assert teacher.family.lora_targets == ("out",)
+
+
+def test_a_named_layer_is_what_a_discriminator_looks_at() -> None:
+    """Its head judges the features of the role that is asked, noisy sample and time included; the output layer does not run."""
+    teacher = Teacher.from_module(TimeMLP(2), RectifiedFlow(), "flow_prediction", shape=(2,), bottleneck=("hidden", 128))
+    roles = Roles(teacher, {"student": Role(train="full", lr=1e-3)})
+    x, t = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.5, 0.9])
+    features = roles.features("student", x, t, None)
+    network = roles.backbone("student")
+    full: list[Tensor] = []
+    handle = network.hidden.register_forward_hook(lambda module, inputs, output: full.append(output))
+    roles.network("student")(x, 1000 * t, None)
+    handle.remove()
+    assert torch.equal(features, full[0])
+    logits = teacher.family.head()(features)
+    assert logits.shape == (3,)
+    assert logits.unique().numel() == 3
+
+
+def test_gradient_through_a_law_is_counted_as_the_teachers() -> None:
+    law = GaussianMixture.ring(RectifiedFlow())
+    teacher = Teacher.from_module(TimeMLP(2), law.process, "flow_prediction", shape=(2,), law=law)
+    roles = Roles(teacher, {"student": Role(train="full", lr=1e-3)})
+    x, t = torch.ones(5, 2, requires_grad=True), torch.full((5,), 0.5)
+    roles.denoiser("teacher")(x, t, None).x0.sum().backward()
+    assert roles.ledger == roles.backwards == {"teacher": 5}
+    assert x.grad is not None
 
 
 def test_the_layer_of_the_embedded_time_is_the_named_one_and_has_its_width() -> None:

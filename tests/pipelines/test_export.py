@@ -9,10 +9,12 @@ from tiny import tiny_pipeline, tiny_teacher
 
 from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Denoiser
-from fastdiff.pipelines.export import export_one_step, verify_export
+from fastdiff.pipelines.export import Schedule, export_pipeline, verify_export
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
 from fastdiff.trainers.method import one_step
+from fastdiff.trainers.trajectory import trajectory
 
+ONE = Schedule([999], "ddim")
 NOTE = {"method": "test"}
 
 
@@ -51,7 +53,7 @@ def test_a_zero_guidance_embedding_changes_no_bit() -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object, object]:
     folder, teacher = tmp_path_factory.mktemp("student"), tiny_teacher()
-    pipeline = export_one_step(teacher, teacher.family.backbone, folder, note=NOTE, prompt="a red boot on a white background")
+    pipeline = export_pipeline(teacher, teacher.family.backbone, folder, ONE, note=NOTE, prompt="a red boot on a white background")
     return folder, teacher, pipeline
 
 
@@ -91,9 +93,9 @@ def test_the_child_process_reproduces_the_samples_and_notices_other_weights(expo
     student = Denoiser(teacher.denoiser.network, teacher.process, teacher.prediction_type)
     with torch.no_grad():
         expected = teacher.decode(one_step(student, noise, teacher.encode(prompts)))
-    assert verify_export(folder, prompts, noise, expected) < 1e-5
+    assert verify_export(folder, ONE, prompts, noise, expected) < 1e-5
     with pytest.raises(RuntimeError, match="differs from the trainer"):
-        verify_export(folder, prompts, noise, (expected + 1e-3).clamp(0, 1))
+        verify_export(folder, ONE, prompts, noise, (expected + 1e-3).clamp(0, 1))
 
 
 def test_a_full_disk_leaves_nothing_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +106,7 @@ def test_a_full_disk_leaves_nothing_that_loads(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(type(teacher.pipeline), "save_pretrained", full)
     with pytest.raises(UserError, match="No space left"):
-        export_one_step(teacher, teacher.family.backbone, tmp_path, note=NOTE, prompt="x")
+        export_pipeline(teacher, teacher.family.backbone, tmp_path, ONE, note=NOTE, prompt="x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,3 +124,27 @@ def test_teachers_whose_student_could_not_be_saved_are_refused_before_the_traini
     for pipeline, reason in ((dark, "no signal"), (guided, "time_cond_proj_dim")):
         with pytest.raises(UserError, match=reason):
             Trainer(ODEPairs(), Teacher(pipeline, name="fashion"), output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "times", [[999], [999, 499], [999, 749, 499, 249], [899, 674, 449, 224], [999 - 125 * k for k in range(8)]]
+)
+@pytest.mark.parametrize("sampler", ["ddim", "consistency"])
+def test_a_few_step_folder_repeats_the_trainer_in_as_many_calls(times: list[int], sampler: str, tmp_path: Path) -> None:
+    """The bare call, but for LCM folders of another number of steps than their pipeline's own 4."""
+    if sampler == "consistency" and times[0] != 999:
+        with pytest.raises(ValueError, match="visits"):
+            Schedule(times, sampler).parts(tiny_teacher())
+        return
+    teacher, schedule = tiny_teacher(prediction_type="v_prediction"), Schedule(times, sampler)
+    assert bool(schedule.call) == (sampler == "consistency" and len(times) in {2, 8})
+    export_pipeline(teacher, teacher.family.backbone, tmp_path, schedule, note=NOTE, prompt="x")
+    prompts = ["a red boot on a white background", "a blue bag on a black background"]
+    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    draws = [torch.Generator().manual_seed(i) for i in range(2)]
+    with torch.no_grad():
+        x = trajectory(teacher.denoiser, noise, teacher.encode(prompts), times, sampler, draws)[-1].x0  # type: ignore[arg-type]
+        other = one_step(teacher.denoiser, noise, teacher.encode(prompts))
+    assert verify_export(tmp_path, schedule, prompts, noise, teacher.decode(x)) < 1e-5
+    if len(times) > 1:
+        assert (teacher.decode(other) - teacher.decode(x)).abs().max() > 1e-4

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Roles
 from fastdiff.proof.certify import FIXED_POINT, METRICS, Drawn, Row, certify, masses
-from fastdiff.proof.laws import LAWS, PREDICTION_TYPE, draw_labels, exact, teacher
+from fastdiff.proof.laws import LAWS, draw_labels, exact, teacher
 from fastdiff.trainers import DMD2, ODEPairs
 from fastdiff.trainers.method import Batch
 
@@ -103,7 +103,7 @@ def test_the_starting_network_is_near_the_law_and_the_same_for_the_same_seed() -
     t = torch.randint(0, 1000, (500,), generator=generator)
     x0 = law.sample(500, generator).float()
     x_t = law.process.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
-    network = Denoiser(oracle.family.network(oracle.family.backbone), law.process, PREDICTION_TYPE)
+    network = Denoiser(oracle.family.network(oracle.family.backbone), law.process, oracle.prediction_type)
     v, want = network(x_t, t, None).v, law(x_t, t).v
     assert (v - want).square().mean() < 0.02 * want.square().mean()
     again = teacher("ring", seed=3)

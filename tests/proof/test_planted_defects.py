@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import fastdiff.trainers.dmd2 as dmd2_module
+import fastdiff.trainers.tdm as tdm_module
 from fastdiff.losses import denoising, distribution_matching_gradient, pseudo_target, reduce
 from fastdiff.models.roles import Roles
 from fastdiff.proof.certify import certify_instance
-from fastdiff.proof.exactness import Setting, sample_gradients
-from fastdiff.trainers import DMD2, SwiftBrush
+from fastdiff.proof.exactness import ExactRoles, Setting, _Generator, sample_gradients
+from fastdiff.trainers import DMD2, TDM, SwiftBrush
 from fastdiff.trainers.method import Batch, Trial
 
 SOUND = {"guidance_scale": 1.0, "lr": 1e-3, "fake_score_lr": 2e-3, "ratio": (1, 2)}
@@ -122,3 +123,32 @@ def test_an_unguided_fake_score_of_swiftbrush_is_caught() -> None:
     at_optimum, *_ = sample_gradients(SwiftBrush(guidance_scale=4.5), Setting())
     assert at_optimum.abs().max() < 1e-10
     assert sample_gradients(DMD2(guidance_scale=4.5), Setting())[0].abs().max() > 0.1
+
+
+def tdm_fake_score_loss() -> tuple[float, float]:
+    """TDM's fake-score loss on a known generator, and the sheet's formula for it, written out."""
+    method = TDM(step_counts=(4,), start=1000)
+    real, fake, biases, factor = OFF.laws()
+    batch = OFF.batch(real)
+    roles = ExactRoles(batch.teacher, _Generator(biases, factor, torch.zeros(1, OFF.d), real.process), fake)
+    (got,) = method.loss("fake_score", batch, roles).values()  # type: ignore[arg-type]
+    moments, process = method._pools[4].fake_score_samples(batch, roles, 0, 0), real.process  # type: ignore[arg-type]
+    t = torch.tensor([999, 749, 499, 249])[moments.rung]
+    m, last = torch.tensor([749, 499, 249, 0])[moments.rung], (moments.rung == 3)[:, None]
+    tau = batch.times("fake_tau", m.clamp(min=20), t - 11)
+    a_t, s_t, a_m, s_m, a, s = (c(time)[:, None] for time in (t, m, tau) for c in (process.alpha, process.sigma))
+    a_m, s_m, e = a_m.where(~last, 1.0), s_m.where(~last, 0.0), batch.noise("fake_eps")
+    eps = (moments.x_t - a_t * moments.x0) / s_t
+    beta = (s.square() - (a / a_m * s_m).square()).sqrt()
+    x_tau = a / a_m * (a_m * moments.x0 + s_m * eps) + beta * e
+    mixed = (a / a_m * s_m * eps + beta * e) / s
+    weight = (-mixed.square().mean(1) / 2).exp() / (-e.square().mean(1) / 2).exp() * (a / s).square().clamp(max=5)[:, 0]
+    error = fake(x_tau, tau, batch.prompts.conditions(moments.prompt)).x0 - moments.x0
+    return got.item(), (weight[:, None] * error.square()).mean().item()
+
+
+def test_a_missing_importance_weight_of_tdm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    got, want = tdm_fake_score_loss()
+    assert got == pytest.approx(want, rel=1e-6)
+    monkeypatch.setattr(tdm_module, "trajectory_importance", lambda mixed, fresh: torch.ones(len(mixed)))
+    assert abs(tdm_fake_score_loss()[0] - want) > 0.01 * want

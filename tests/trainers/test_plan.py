@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from fastdiff import Trainer
 from fastdiff.data.fashion import captions
 from fastdiff.models.teacher import Teacher
-from fastdiff.trainers import DMD2, ODEPairs, SwiftBrush
+from fastdiff.trainers import DMD2, TDM, ODEPairs, SwiftBrush
 from fastdiff.trainers._activations import kept_for_backward, resident
 from fastdiff.trainers._counts import cycle
 from fastdiff.trainers._plan import Plan, plan
@@ -163,7 +163,9 @@ def test_the_exported_scheduler_is_the_one_in_the_folder(tmp_path: Path, monkeyp
     scheduler = run.train().scheduler
     scheduler.set_timesteps(1)
     export = planned(ODEPairs(**PAIRS), tmp_path).export
-    assert export == {"class": type(scheduler).__name__, "timesteps": scheduler.timesteps.tolist()}
+    assert export["class"] == type(scheduler).__name__
+    assert export["timesteps"] == scheduler.timesteps.tolist()
+    assert export["call"] == {}
     assert json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == export["class"]
 
 
@@ -267,6 +269,35 @@ def test_a_large_teacher_without_weights_is_planned_at_once(large: Path, tmp_pat
     assert found.roles["student"].per_gpu == pytest.approx(5 * 4 * 859_520_964 / 8, rel=1e-4)
     assert found.parts["text_encoder"].bytes > 4 * 120e6
     assert (found.refusals, found.unknown) == ([], [])
+
+
+LAYERS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "net.0.proj",
+    "net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "conv",
+)
+
+
+@pytest.mark.parametrize(("targets", "share"), [((), 1.02), (LAYERS, 1.05)])
+def test_three_roles_on_one_backbone_weigh_little_more_than_the_backbone(
+    targets: tuple[str, ...], share: float, large: Path, tmp_path: Path
+) -> None:
+    """Teacher, student and fake score of Stable Diffusion 1.5's size; copies would weigh 3."""
+    teacher = Teacher.planned(large)
+    method = TDM(train="lora", rank=16, lora_targets=targets)
+    found = plan(method, teacher, Config(output_dir=tmp_path, batch_size=1), prompts=["a red boot"])
+    weights = sum(role.weights for role in found.roles.values())
+    assert found.roles["student"].weights == found.roles["fake_score"].weights > 0.002 * found.roles["teacher"].weights
+    assert weights <= share * found.roles["teacher"].weights
 
 
 def test_ten_billion_parameters_are_planned_without_any(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """``fastdiff eval report RESULT.json ... --output PAGE.html``: one page of result files."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     if not chosen.files:
         raise UserError("nothing to report; give one or more result files.")
     from fastdiff.eval.protocol import Protocol, comparable
-    from fastdiff.eval.report import html_report, read_curves, read_facts, read_rows
+    from fastdiff.eval.report import html_report, joined_facts, read_curves, read_facts, read_rows
 
     check_outputs(output=chosen.output)
     files = [result_file(path) for path in chosen.files]
@@ -53,20 +53,39 @@ def run(argv: Sequence[str]) -> int:
         comparable(protocols[0], other)
     if len(tags := {row["protocol"] for row in rows if row.get("protocol")}) > 1:
         raise UserError(f"these rows are of {' and '.join(sorted(tags))}: different protocols cannot stand in one table.")
-    score = facts[0].get("evaluation", {}).get("score")
+    score = _one_score(files, facts)
+    machines = {name: found.get("environment", {}) for name, found in zip(_names(files), facts, strict=True)}
     html_report(
         chosen.output,
         rows,
         title=chosen.title,
         command=shlex.join(["fastdiff", "eval", "report", *argv]),
-        facts=facts[0].get("evaluation", {}),
+        facts=joined_facts({name: found.get("evaluation", {}) for name, found in zip(_names(files), facts, strict=True)}),
         protocol=protocols[0] if protocols else None,
         names=None if score is None else {"fd": score},
         curves=None if chosen.log is None else read_curves(chosen.log),
         previous=None if chosen.previous is None else read_rows(result_file(chosen.previous)),
         sweep=None if chosen.sweep is None else [r for r in read_rows(chosen.sweep) if r["model"].startswith("teacher")],
         picture=chosen.picture,
-        machine=facts[0].get("environment"),
+        machine=joined_facts(machines) or None,
     )
     print(f"report   {chosen.output}")
     return 0
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """What the files are called among the facts: their names, or their paths where two have one name."""
+    return [file.name if len({f.name for f in files}) == len(files) else str(file) for file in files]
+
+
+def _one_score(files: Sequence[Path], facts: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the Frechet distance is called; ``UserError`` when it is of different networks."""
+    known = [
+        (file, found["evaluation"]["score"])
+        for file, found in zip(files, facts, strict=True)
+        if "score" in found.get("evaluation", {})
+    ]
+    if len({score for _, score in known}) > 1:
+        said = ", ".join(f"{score} in {file}" for file, score in known)
+        raise UserError(f"the distances of these files are of different networks, and cannot stand in one column: {said}.")
+    return known[0][1] if known else None

@@ -40,9 +40,9 @@ def run(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from fastdiff.eval.images import ImageFolder, features_of_folder
-    from fastdiff.eval.measure import open_extractor
+    from fastdiff.eval.instruments import open_extractor
     from fastdiff.eval.protocol import Protocol
-    from fastdiff.eval.reference import source_hash, write_reference
+    from fastdiff.eval.reference import write_reference
     from fastdiff.eval.stats import Stats
 
     if chosen.protocol:
@@ -57,6 +57,6 @@ def run(argv: Sequence[str]) -> int:
         features = features_of_folder(folder, extractor, workers=chosen.workers, batch_size=chosen.batch_size, progress=bar.update)
     compared = open_extractor(protocol, weights=chosen.weights).id  # of the images that these will be compared with
     facts = {"preprocess": extractor.preprocess.id, "protocol": protocol.name}
-    write_reference(chosen.output, Stats.of(features, extractor=compared), source=source_hash(folder.files), **facts)
+    write_reference(chosen.output, Stats.of(features, extractor=compared), source=folder.source, **facts)
     print(f"{len(folder)} images of {chosen.images} by {extractor.id}: {chosen.output.with_suffix('.npz')}")
     return 0

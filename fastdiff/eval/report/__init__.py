@@ -7,7 +7,7 @@ from fastdiff.eval.report.machine import environment
 from fastdiff.eval.report.page import html_report
 from fastdiff.eval.report.pareto import pareto_frontier, pareto_svg
 from fastdiff.eval.report.pictures import eight_bit, grid, grid_png
-from fastdiff.eval.report.rows import read_facts, read_rows, rows_json, rows_jsonl
+from fastdiff.eval.report.rows import joined_facts, read_facts, read_rows, rows_json, rows_jsonl
 from fastdiff.eval.report.surface import surface_png, surface_svg
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "grid",
     "grid_png",
     "html_report",
+    "joined_facts",
     "pareto_frontier",
     "pareto_svg",
     "read_curves",

@@ -25,7 +25,12 @@ COLUMNS = {
     "fd_inf": "FD inf",
     "fd_patch": "patch FD",
     "kid": "KID",
+    "sfd": "sFD",
+    "inception_score": "IS",
+    "inception_score_sd": "IS sd of splits",
     "cmmd": "CMMD",
+    "copied": "copied",
+    "copies": "exact copies",
     "mind": "MIND",
     "n_duplicates": "duplicates",
     "latency_ms_p50": "ms (p50)",
@@ -40,7 +45,7 @@ COLUMNS = {
 }
 SETTINGS = ("model", "steps", "nfe", "guidance_scale")
 LESS = frozenset(
-    {"nfe", "fd", "fd_mean", "fd_cov", "fd_inf", "fd_patch", "sfd", "kid", "cmmd", "mind", "n_duplicates"}
+    {"nfe", "fd", "fd_mean", "fd_cov", "fd_inf", "fd_patch", "sfd", "kid", "cmmd", "mind", "n_duplicates", "copied", "copies"}
     | {"latency_ms_p50", "latency_ms_p95", "peak_memory_mib", "energy_j", "parameters_m", "pipeline_parameters_m", "size_mb"}
 )
 MORE = frozenset(
@@ -52,7 +57,20 @@ _COSTS = (
     *("parameters_m", "pipeline_parameters_m", "size_mb"),
 )
 _FINE = frozenset(
-    {"guidance_scale", "fd_mean", "fd_cov", "fd_inf", "kid", "mind", "n_duplicates", "density", "coverage", "n"}
+    {
+        "guidance_scale",
+        "fd_mean",
+        "fd_cov",
+        "fd_inf",
+        "kid",
+        "mind",
+        "n_duplicates",
+        "inception_score_sd",
+        "copies",
+        "density",
+        "coverage",
+        "n",
+    }
     | {"latency_ms_p95", "peak_memory_mib", "parameters_m", "pipeline_parameters_m", "size_mb"}
 )
 _HIDDEN = ("protocol", "groups")

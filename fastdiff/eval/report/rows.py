@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,23 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     """What ``rows_json`` wrote beside the rows; of JSON lines there is nothing."""
     found, _ = _read(Path(path))
     return {} if found is None else {k: v for k, v in found.items() if k != "rows"}
+
+
+def joined_facts(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The facts of several files as those of one: ``name`` where all files agree, else ``name, <file>`` for each file that has it.
+
+    >>> joined_facts({"a.json": {"seed": 0, "score": "FD"}, "b.json": {"seed": 1, "score": "FD"}})
+    {'seed, a.json': 0, 'seed, b.json': 1, 'score': 'FD'}
+    """
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for facts in files.values() for name in facts):
+        there = {file: facts[name] for file, facts in files.items() if name in facts}
+        first = next(iter(there.values()))
+        if len(there) == len(files) and all(value == first for value in there.values()):
+            found[name] = first
+        else:
+            found |= {f"{name}, {file}": value for file, value in there.items()}
+    return found
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, list[Any]]:

@@ -44,7 +44,7 @@ class Family(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Samples of the process as what a user sees: images [B, 3, H, W] in [0, 1] where there are any."""
+        """Samples of the process as what a user sees: images [B, 3, H, W] in [0, 1] where there are any. Differentiable."""
 
     def head(self) -> nn.Module:
         """A discriminator head for the features of ``bottleneck``.

@@ -15,6 +15,7 @@ from fastdiff.diffusion.prediction import PREDICTION_TYPES
 from fastdiff.diffusion.process import NoiseProcess
 from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Network
+from fastdiff.models.discriminator import VectorHead
 from fastdiff.models.families.base import Family
 
 
@@ -33,12 +34,13 @@ class Module(Family):
         lora_targets: Sequence[str] = (),
         call: Callable[[nn.Module, Tensor, Tensor, Any], Tensor] | None = None,
         time_embedding: tuple[str, int] | None = None,
+        bottleneck: tuple[str, int] | None = None,
     ) -> None:
         self.module, self._process, self._shape = module, (process, prediction_type), tuple(shape)
         if prediction_type not in PREDICTION_TYPES:
             raise UserError(f"prediction_type is {prediction_type!r}: expected one of {', '.join(PREDICTION_TYPES)}.")
         self._encode, self._decode, self._call = encode, decode, call
-        self._time_embedding = time_embedding
+        self._time_embedding, self._bottleneck = time_embedding, bottleneck
         self.lora_targets = tuple(lora_targets) or _linear_layers(module)
 
     @property
@@ -63,6 +65,12 @@ class Module(Family):
             return super().time_embedding(backbone)
         name, width = self._time_embedding
         return backbone.get_submodule(name), width
+
+    def bottleneck(self, backbone: nn.Module) -> nn.Module:
+        return super().bottleneck(backbone) if self._bottleneck is None else backbone.get_submodule(self._bottleneck[0])
+
+    def head(self) -> nn.Module:
+        return super().head() if self._bottleneck is None else VectorHead(self._bottleneck[1])
 
     def encode(self, prompts: list[str]) -> Any:
         if self._encode is not None:

@@ -71,9 +71,8 @@ class StableDiffusion(Family):
         states: Tensor = self.pipeline.encode_prompt(prompts, device, 1, False)[0]
         return states
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] to images [B, 3, H, W] in [0, 1], float32."""
+        """Latents [B, 4, h, w] to images [B, 3, H, W] in [0, 1], float32; a value that was clamped has no gradient."""
         vae = self.pipeline.vae
         images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)

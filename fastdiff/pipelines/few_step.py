@@ -1,0 +1,84 @@
+"""A few network calls by a bare ``pipeline(prompt)``, with stock diffusers classes only; one call is ``one_step``'s.
+
+    consistency   LatentConsistencyPipeline's own default of 4 steps with LCMScheduler, whose grid has exactly the student's times
+    ddim          StableDiffusionPipeline with DPMSolverMultistepScheduler of order 1, which is DDIM
+
+``StableDiffusionPipeline`` asks for 50 steps, and its folder cannot say otherwise. The DPM scheduler drops every time above a clip
+of its log-SNR: told of 50 / K times more training times than there are, trailing spacing keeps exactly the K that the student was
+trained at. The table of betas is the teacher's own up to the largest of them. Asking such a folder for another number of steps
+gives another number of times.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BARE_STEPS = 50
+"""What StableDiffusionPipeline takes without being asked."""
+LCM_STEPS = 4
+"""What LatentConsistencyModelPipeline takes."""
+
+
+def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int) -> Any:
+    """``LCMScheduler`` whose grid of ``len(times)`` steps is ``times``.
+
+    Raises:
+        ValueError: times are not ``T - 1 - k T / K``.
+    """
+    from diffusers import LCMScheduler
+
+    scheduler = LCMScheduler.from_config(
+        config,
+        original_inference_steps=len(times),
+        timestep_spacing="leading",
+        num_train_timesteps=num_train_timesteps,
+        clip_sample=False,
+        thresholding=False,
+        rescale_betas_zero_snr=False,
+    )
+    scheduler.set_timesteps(len(times))
+    return _checked(scheduler, times)
+
+
+def ddim_scheduler(alphas_cumprod: Tensor, times: Sequence[int], prediction_type: str) -> Any:
+    """A stock scheduler that makes DDIM steps through ``times`` to x0 when it is asked for 50 steps.
+
+    Args:
+        alphas_cumprod: the teacher's table [T].
+
+    Raises:
+        ValueError: times are not ``L - 1 - k L / K`` for some L, or K does not divide 50 L.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    last, k = times[0] + 1, len(times)
+    if k > BARE_STEPS or (BARE_STEPS * last) % k:
+        raise ValueError(f"times {list(times)} are not one of every {k} of {last}.")
+    table = alphas_cumprod.double()[:last]
+    betas = 1 - table / torch.cat([torch.ones(1, dtype=torch.float64), table[:-1]])
+    total = BARE_STEPS * last // k
+    beyond = torch.full((total - last,), 0.01, dtype=torch.float64)
+    options: dict[str, Any] = {
+        "num_train_timesteps": total,
+        "trained_betas": torch.cat([betas, beyond]).tolist(),
+        "prediction_type": prediction_type,
+        "timestep_spacing": "trailing",
+        "steps_offset": 1,
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 1,
+        "final_sigmas_type": "zero",
+    }
+    log_snr = DPMSolverMultistepScheduler(**options).lambda_t
+    clip = float(log_snr[last - 1] + log_snr[last]) / 2 if total > last else -float("inf")
+    scheduler = DPMSolverMultistepScheduler(**options, lambda_min_clipped=clip)
+    scheduler.set_timesteps(BARE_STEPS)
+    return _checked(scheduler, times)
+
+
+def _checked(scheduler: Any, times: Sequence[int]) -> Any:
+    made = scheduler.timesteps.tolist()
+    if made != list(times):
+        raise ValueError(f"a {type(scheduler).__name__} of {len(times)} steps visits {made}, and the student {list(times)}.")
+    return scheduler

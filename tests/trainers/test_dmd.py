@@ -17,7 +17,6 @@ PAIRS = {"pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
     "pairs": DMD(**PAIRS),
     "warm": DMD(warm_start_steps=2, **PAIRS),
-    "alone": DMD(regression_weight=0.0, **PAIRS),
 }
 OFF = Setting(shift=0.3, spread=1.2)
 

@@ -20,7 +20,6 @@ PAIRS = {"pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
     "js": FDistill(ratio=(1, 3), **PAIRS),
     "kl-lora-warm": FDistill(divergence="forward_kl", ratio=(2, 3), fake_score="lora", rank=4, warm_start_steps=2, **PAIRS),
-    "reverse-kl": FDistill(divergence="reverse_kl", ratio=(1, 2), **PAIRS),
 }
 H = {
     "reverse_kl": lambda r: 1.0,

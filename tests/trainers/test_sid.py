@@ -14,9 +14,7 @@ from fastdiff.trainers import SiD
 from fastdiff.trainers.method import Method
 
 VARIANTS: dict[str, Method] = {
-    "plain": SiD(guidance_scale=1.0, alpha=1.2),
-    "guided": SiD(null_probability=0.0),
-    "guided-null": SiD(null_probability=1.0),
+    "guided": SiD(null_probability=0.0, alpha=1.2),
 }
 OFF = Setting(shift=0.3, spread=1.2, n=20_000)
 

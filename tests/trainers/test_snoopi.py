@@ -14,7 +14,6 @@ from fastdiff.trainers.method import Batch, Method
 
 TINY = {"rank": 4, "lora_alpha": 8.0, "pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
-    "range": SNOOPI(null_probability=0.0, **TINY),
     "range-warm": SNOOPI(null_probability=1.0, warm_start_steps=2, **TINY),
     "clip": SNOOPI(guidance_range=(0.5, 3.0), clip_weight=0.1, clip_threshold=0.9, clip_decay_steps=50, **TINY),
 }

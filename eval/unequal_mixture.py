@@ -40,6 +40,7 @@ def main(
     divergences: Sequence[Divergence] = ("reverse_kl", "forward_kl", "jensen_shannon"),
     seeds: Sequence[int] = (0,),
     max_steps: int = 1500,
+    discriminator_weight: float = 1e-2,
     output: Path | None = None,
 ) -> None:
     LAWS["unequal"] = KnownLaw(unequal, lambda: TimeMLP(2), 8000, 1500, 512, {"bottleneck": ("hidden", 128)})
@@ -47,10 +48,18 @@ def main(
     rows = []
     for divergence in divergences:
         for seed in seeds:
-            method = FDistill(divergence=divergence, pair_guidance_scale=1.0, **SETTINGS)
+            method = FDistill(divergence=divergence, discriminator_weight=discriminator_weight, **SETTINGS)
             mass, stray, distance = certify_instance(method, "unequal", trial, seed=seed)
             row = {"divergence": divergence, "seed": seed, "masses": [round(m, 4) for m in mass.details["masses"]]}
-            rows.append(row | {"stray": round(stray.value, 4), "sliced_w2": round(distance.value, 4), "steps": max_steps})
+            rows.append(
+                row
+                | {
+                    "stray": round(stray.value, 4),
+                    "sliced_w2": round(distance.value, 4),
+                    "steps": max_steps,
+                    "discriminator_weight": discriminator_weight,
+                }
+            )
             print(json.dumps(rows[-1]), flush=True)
     if output is not None:
         output.write_text(json.dumps(rows, indent=2) + "\n")

@@ -37,7 +37,7 @@ class SwiftBrushV2(RewardedMethod):
 
     trials: ClassVar[Mapping[str, Trial]] = {
         "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.2, "mode_mass": 0.45, "stray": 0.35}, max_steps=4000),
-        "gaussian": Trial(fields=_ADAPTER, bounds={"w2": 0.9, "covariance": 0.2}, max_steps=2000),
+        "gaussian": Trial(fields=_ADAPTER, bounds={"w2": 1.5, "covariance": 0.3}, max_steps=2000),
     }
 
     guidance_scale: float = 4.5

@@ -42,6 +42,16 @@ def variants_of(method: type[Method]) -> dict[str, Method]:
     return getattr(sys.modules.get(name), "VARIANTS", {})
 
 
+def program(name: str) -> Any:
+    """A program of ``eval/`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "eval" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def variants() -> dict[str, Method]:
     """All variants of all methods: ``"dmd2-full-gan"``. What ``prepare`` leaves on one stays there: run copies."""
     return {f"{method.name()}-{key}": variant for method in METHODS for key, variant in variants_of(method).items()}

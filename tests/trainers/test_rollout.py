@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import shake, started
+from short_runs import program, shake, started
 
 from fastdiff import Trainer
 from fastdiff.trainers import DMD2, TDM
@@ -29,6 +29,19 @@ def test_a_cycle_of_five_fake_score_updates_and_one_of_the_student_costs_26_forw
         roles = run._roles
         counted = sum(roles.ledger.values()) + 2 * sum(roles.backwards.values())
         assert counted == 2 * forwards * run.config.batch_size
+        assert roles.backwards == {"student": 2 * 4, "fake_score": 10 * 4}
+
+
+def test_two_cycles_with_a_rollout_for_each_loss_cost_70_forwards(tmp_path: Path) -> None:
+    """What ``eval/bench_cycle.py`` times the pool against: every rung equally often."""
+    method = program("bench_cycle").Separate(steps=4, ratio=(1, 5))
+    rungs = [method.rung(step, loss) for step in range(10) for loss in method.updates(step)]
+    assert sorted(rungs) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    with started(method, tmp_path) as run:
+        for step in range(10):
+            run._iteration(step)
+        roles = run._roles
+        assert sum(roles.ledger.values()) + 2 * sum(roles.backwards.values()) == 70 * run.config.batch_size
         assert roles.backwards == {"student": 2 * 4, "fake_score": 10 * 4}
 
 

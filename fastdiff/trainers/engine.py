@@ -29,12 +29,12 @@ from fastdiff.models.roles import Role, Roles, Start
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers import checkpoint
 from fastdiff.trainers._checks import check_folder, checks
+from fastdiff.trainers._monitors import Monitor
 from fastdiff.trainers.config import FREE_ON_RESUME, Config
 from fastdiff.trainers.draws import Draws, generator_for
 from fastdiff.trainers.health import Health
 from fastdiff.trainers.log import Log
 from fastdiff.trainers.method import Batch, Finished, Method, Preparation
-from fastdiff.trainers.monitors import Monitor
 
 _SHOWN = 16
 

@@ -268,7 +268,7 @@ class Method(ABC):
         return float(getattr(self, "guidance_scale", 1.0))
 
     def signals(self, terms: Mapping[str, float]) -> dict[str, float]:
-        """Signals of ``monitors`` that the latest loss terms tell."""
+        """Signals of ``_monitors`` that the latest loss terms tell."""
         del terms
         return {}
 

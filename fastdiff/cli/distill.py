@@ -100,4 +100,5 @@ def report(
     if trainer.method.delivers == "scenes":
         print(f"scenes   {folder}, to look at from anywhere: fastdiff.models.scenes.load_scenes({str(folder)!r})")
         return
-    print(f'student  {folder}, for plain diffusers: DiffusionPipeline.from_pretrained("{folder}")(prompt).images[0]')
+    call = "".join(f", {key}={value}" for key, value in trainer.method.schedule(trainer.teacher).call.items())
+    print(f'student  {folder}, for plain diffusers: DiffusionPipeline.from_pretrained("{folder}")(prompt{call}).images[0]')

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from short_runs import shake, started
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastdiff.diffusion.process import RectifiedFlow
 from fastdiff.errors import UserError
+from fastdiff.models.teacher import Teacher
 from fastdiff.trainers import TDM
 from fastdiff.trainers.method import Batch, Method
 from fastdiff.trainers.rollout import Moments
@@ -114,3 +116,31 @@ def test_the_number_of_steps_is_drawn_for_each_cycle_and_kept_within_it(tmp_path
 def test_settings_that_cannot_work_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(fields))):
         TDM(**fields)  # type: ignore[arg-type]
+
+
+class Pointwise(nn.Module):
+    """Looks at each element alone, so that how the elements are laid out cannot matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.time = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        late = (self.time * t.to(x_t) / 1000 + 0.1 * labels.to(x_t)).reshape(-1, *[1] * (x_t.ndim - 1))
+        return self.scale * x_t.tanh() + late
+
+
+def test_latents_with_a_time_axis_have_the_losses_of_the_same_elements_without_one(tmp_path: Path) -> None:
+    """Video: normaliser, importance weight and means are over all elements of a sample, frames included."""
+    found = []
+    for name, shape in (("video", (2, 3, 4, 4)), ("image", (2, 12, 4))):
+        teacher = Teacher.from_module(Pointwise(), RectifiedFlow(), "flow_prediction", shape=shape, prompts=["0", "1"])
+        with started(TDM(start=1000), tmp_path / name, teacher) as run:
+            shake(run)
+            batch = run._micro_batches(0)[0]
+            found.append([run.method.loss(update, batch, run._roles) for update in ("rollout", "fake_score", "student")])
+    for video, image in zip(*found, strict=True):
+        assert video.keys() == image.keys()
+        for key in video:
+            assert video[key].item() == pytest.approx(image[key].item(), rel=1e-5)
+            assert video[key].item() > 0

@@ -66,15 +66,17 @@ def check(options: Options) -> None:
 
 
 def check_student(pipeline: str, steps: int | None) -> None:
-    """Refuse other steps of a student that has one, which its scheduler makes whatever is asked for."""
+    """Refuse other steps of a student whose scheduler makes its own whatever is asked for, or others than it was trained for."""
     note = Path(pipeline) / "fastdiff.json"
-    if steps in (None, 1) or not note.is_file():
+    if steps is None or not note.is_file():
         return
-    if json.loads(note.read_text(encoding="utf-8")).get("num_inference_steps") == 1:
-        raise UserError(
-            f"{pipeline} is a student of one step, and --steps {steps} would change nothing: leave --steps out, or draw from its "
-            "teacher."
-        )
+    trained = json.loads(note.read_text(encoding="utf-8")).get("num_inference_steps")
+    index = json.loads((Path(pipeline) / "model_index.json").read_text(encoding="utf-8"))
+    if index["_class_name"] == "LatentConsistencyModelPipeline" or steps == trained == 1:
+        return
+    what = "one step, and" if trained == 1 else f"{trained} steps, which its folder makes of a bare call, and"
+    why = "nothing" if trained == 1 else "their number to one it was not trained for"
+    raise UserError(f"{pipeline} is a student of {what} --steps {steps} would change {why}: leave --steps out.")
 
 
 def draw(pipeline: Any, options: Options) -> "Tensor":
@@ -82,9 +84,10 @@ def draw(pipeline: Any, options: Options) -> "Tensor":
     import torch
 
     from fastdiff.eval.noise import generators
+    from fastdiff.pipelines.few_step import own_call
 
     chosen = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
-    call = {name: value for name, value in chosen.items() if value is not None}
+    call = own_call(pipeline) | {name: value for name, value in chosen.items() if value is not None}
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
     pipeline_call = _steered(pipeline, options)
     images = []

@@ -21,6 +21,7 @@ from fastdiff.eval.cost import count_calls, network_of
 from fastdiff.eval.identity import pipeline_identity
 from fastdiff.eval.noise import generators
 from fastdiff.eval.subject import Subject
+from fastdiff.pipelines.few_step import own_call
 
 
 def initial_latents(pipeline: Any, draws: list[torch.Generator], *, resolution: int | None = None) -> Tensor:
@@ -88,7 +89,7 @@ def pipeline_subject(
     takes = inspect.signature(pipeline.__call__).parameters
     asked = resolution if {"height", "width"} <= set(takes) else None
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": asked, "width": asked}
-    chosen = {key: value for key, value in options.items() if value is not None}
+    chosen = own_call(pipeline) | {key: value for key, value in options.items() if value is not None}
     if unknown := [key for key in chosen if key not in takes]:
         raise UserError(f"{name} is a {type(pipeline).__name__}, whose call takes no {', '.join(unknown)}: leave it out.")
     own_shape = "latents" in takes and network.config.get("sample_size") is not None

@@ -1,6 +1,6 @@
 """A few network calls by a bare ``pipeline(prompt)``, with stock diffusers classes only; one call is ``one_step``'s.
 
-    consistency   LatentConsistencyPipeline's own default of 4 steps with LCMScheduler, whose grid has exactly the student's times
+    consistency   LatentConsistencyModelPipeline, whose default is 4 steps, with LCMScheduler on exactly the student's times
     ddim          StableDiffusionPipeline with DPMSolverMultistepScheduler of order 1, which is DDIM
 
 ``StableDiffusionPipeline`` asks for 50 steps, and its folder cannot say otherwise. The DPM scheduler drops every time above a clip
@@ -19,6 +19,17 @@ BARE_STEPS = 50
 """What StableDiffusionPipeline takes without being asked."""
 LCM_STEPS = 4
 """What LatentConsistencyModelPipeline takes."""
+
+
+def own_call(pipeline: Any) -> dict[str, int]:
+    """What an exported pipeline must be told besides the prompt: its number of steps, where its class has another default.
+
+    Only LCM folders have one, and a scheduler that was distilled on as many times as it shall visit; on diffusers' own 50 of them
+    a bare call is left as it is.
+    """
+    trained = getattr(pipeline, "scheduler", None) and pipeline.scheduler.config.get("original_inference_steps")
+    lcm = type(pipeline).__name__ == "LatentConsistencyModelPipeline"
+    return {"num_inference_steps": int(trained)} if lcm and trained not in {None, LCM_STEPS, BARE_STEPS} else {}
 
 
 def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int) -> Any:

@@ -84,8 +84,10 @@ class TDM(Method):
         counts = self.step_counts
         if not counts or len(set(counts)) != len(counts) or any(not 1 <= k <= 50 or self.start % k for k in counts):
             raise UserError(f"step_counts is {counts}: expected different numbers up to 50 that divide start={self.start}.")
-        if not 0 < self.start <= 1000 or min(self.start // k for k in counts) <= 20:
-            raise UserError(f"start is {self.start} for {max(counts)} steps: at most 1000, and over 20 levels a step.")
+        if not 0 < self.start <= 1000 or min(self.start // k for k in counts) < 32:
+            raise UserError(
+                f"start is {self.start} for {max(counts)} steps: at most 1000, and 32 levels a step, or tau in 20..t-11 is none."
+            )
         if self.fake_updates < 1:
             raise UserError(f"fake_updates is {self.fake_updates}: it must be at least 1.")
         for name, known in (("train", ("full", "lora")), ("distance", ("pseudo_huber", "squared"))):

@@ -93,3 +93,12 @@ def test_steps_of_a_student_of_one_step_are_refused_and_its_own_is_not(stranger,
     assert "is a student of one step, and --steps 4 would change nothing" in capsys.readouterr().err
     assert not (tmp_path / "grid.png").exists()
     assert main([*words, "--steps", "1"]) == 0
+
+
+@pytest.mark.parametrize("steps", ["4", "1"])
+def test_any_steps_of_a_deterministic_student_of_four_are_refused(stranger, tmp_path, capsys, steps):
+    """Its scheduler makes the four of a bare call; told of four it would make one, without a word."""
+    student = shutil.copytree(stranger, tmp_path / "student")
+    (student / "fastdiff.json").write_text(json.dumps({"num_inference_steps": 4}))
+    assert main(["sample", str(student), "--prompt", "x", "--steps", steps, "--output", str(tmp_path / "grid.png")]) == 2
+    assert "leave --steps out" in capsys.readouterr().err

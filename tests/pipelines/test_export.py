@@ -8,8 +8,11 @@ import torch
 from tiny import tiny_pipeline, tiny_teacher
 
 from fastdiff.errors import UserError
+from fastdiff.eval.cost import count_calls
+from fastdiff.eval.pipeline import pipeline_subject
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.pipelines.export import Schedule, export_pipeline, verify_export
+from fastdiff.pipelines.few_step import own_call
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
 from fastdiff.trainers.method import one_step
 from fastdiff.trainers.trajectory import trajectory
@@ -138,7 +141,11 @@ def test_a_few_step_folder_repeats_the_trainer_in_as_many_calls(times: list[int]
         return
     teacher, schedule = tiny_teacher(prediction_type="v_prediction"), Schedule(times, sampler)
     assert bool(schedule.call) == (sampler == "consistency" and len(times) in {2, 8})
-    export_pipeline(teacher, teacher.family.backbone, tmp_path, schedule, note=NOTE, prompt="x")
+    pipeline = export_pipeline(teacher, teacher.family.backbone, tmp_path, schedule, note=NOTE, prompt="x")
+    assert own_call(pipeline) == schedule.call
+    with count_calls(pipeline.unet) as calls:  # what sampling and evaluation do
+        pipeline_subject("student", pipeline).generate(["x"], [torch.Generator().manual_seed(0)])
+    assert calls.forwards == 2 * len(times)  # one image by the probe
     prompts = ["a red boot on a white background", "a blue bag on a black background"]
     noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     draws = [torch.Generator().manual_seed(i) for i in range(2)]

@@ -111,7 +111,15 @@ def test_the_number_of_steps_is_drawn_for_each_cycle_and_kept_within_it(tmp_path
 
 @pytest.mark.parametrize(
     "fields",
-    [{"step_counts": ()}, {"step_counts": (7,)}, {"step_counts": (2, 2)}, {"start": 1200}, {"fake_updates": 0}, {"train": "x"}],
+    [
+        {"step_counts": ()},
+        {"step_counts": (7,)},
+        {"step_counts": (2, 2)},
+        {"start": 1200},
+        {"start": 900, "step_counts": (36,)},
+        {"fake_updates": 0},
+        {"train": "x"},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(fields))):

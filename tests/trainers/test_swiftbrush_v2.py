@@ -19,7 +19,7 @@ TINY = {"rank": 4, "lora_alpha": 8.0, "student_rank": 4, "student_lora_alpha": 8
 CLIP = {"clip_threshold": 0.9, "clip_decay_steps": 50}
 VARIANTS: dict[str, Method] = {
     "clip": SwiftBrushV2(null_probability=0.0, warm_start_steps=2, **CLIP, **TINY),
-    "clip-lora": SwiftBrushV2(student="lora", null_probability=1.0, **CLIP, **TINY),
+    "lora": SwiftBrushV2(student="lora", null_probability=1.0, clip_weight=0.0, **TINY),
 }
 
 

@@ -1,8 +1,8 @@
 """Roles: the named networks of a method, and the one frozen backbone that LoRA roles share.
 
 A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone, or what ``build`` makes in its place; ``lora``:
-an adapter on the teacher's own backbone; ``module``: a network of the method's making). ``Roles`` builds them, runs them as
-denoisers and keeps the ledger.
+an adapter on the teacher's own backbone; ``module``: a network of the method's making; ``average``: a copy that no loss trains
+and that follows another role, ``Roles.follow``). ``Roles`` builds them, runs them as denoisers and keeps the ledger.
 
 A switch of adapter changes who computes, never who trains: peft's own ``set_adapter`` moves ``requires_grad`` with the switch
 and so drops, without a word, the gradient of a graph built before it. ``train_only`` alone changes ``requires_grad``, once per
@@ -31,8 +31,9 @@ from fastdiff.models.teacher import Teacher
 class Role:
     """How one network of a method trains."""
 
-    train: Literal["full", "lora", "module"]
-    lr: float
+    train: Literal["full", "lora", "module", "average"]
+    lr: float = 0.0
+    optimizer: Literal["adamw", "radam"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     """What Adam adds to the root of its second moment."""
@@ -43,7 +44,12 @@ class Role:
     """Layers to adapt; the family's own where it has none of these names."""
     build: Callable[[Teacher], nn.Module] | None = None
     dropout: bool = False
-    """Of a ``full`` role: run the copy in train mode, its dropout at work. The teacher's own backbone never is."""
+    """Of a copy: run it in train mode, its dropout at work. The teacher's own backbone never is."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether an optimiser steps its weights."""
+        return self.train != "average"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +148,7 @@ class Roles:
                 self.modules[name] = copy.deepcopy(start.network).to(teacher.device)
             elif role.train != "lora" and role.build is not None:
                 self.modules[name] = role.build(teacher).to(teacher.device)
-            elif role.train == "full":
+            elif role.train in {"full", "average"}:
                 self.modules[name] = copy.deepcopy(backbone).train(role.dropout)
         for name in lora:
             _add_adapter(backbone, name, specs[name], teacher.family.lora_targets)
@@ -162,8 +168,15 @@ class Roles:
         return dict(self.modules[name].named_parameters())
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """The trained parameters of a role, in a fixed order."""
+        """The parameters of a role that training changes, in a fixed order."""
         return list(self._parameters[name].values())
+
+    @torch.no_grad()
+    def follow(self, name: str, leader: str, decay: float) -> None:
+        """``average <- decay average + (1 - decay) leader`` for the weights of an ``average`` role; buffers are copied."""
+        torch._foreach_lerp_(self.parameters(name), self.parameters(leader), 1 - decay)
+        for own, other in zip(self.modules[name].buffers(), self.modules[leader].buffers(), strict=True):
+            own.copy_(other)
 
     def train_only(self, *names: str) -> None:
         """Exactly the parameters of ``names`` receive gradient from now on."""

@@ -39,7 +39,7 @@ class RolePlan:
     """One network. Bytes are those of one process that shards nothing; a LoRA role's are the adapter's alone."""
 
     train: str
-    """full, lora, module, or frozen for the teacher."""
+    """full, lora, module, average, or frozen for the teacher."""
     parameters: int
     """Of the network that computes, for a LoRA role the shared backbone included."""
     trainable: int
@@ -240,7 +240,7 @@ def _roles(roles: Roles, config: Config, gpus: int, sharding: Sharding) -> dict[
     shared, found = sum(p.numel() for p in own), {}
     for name in ("teacher", *roles.specs):
         spec = roles.specs.get(name)
-        trained = roles.parameters(name) if spec is not None else []
+        trained = roles.parameters(name) if spec is not None and spec.learns else []
         kept: list[Tensor] = [*trained]
         if spec is not None and spec.train == "lora":
             parameters = shared + sum(p.numel() for p in trained)
@@ -252,7 +252,7 @@ def _roles(roles: Roles, config: Config, gpus: int, sharding: Sharding) -> dict[
         sizes = {
             "weights": _bytes(kept),
             "gradients": _bytes(trained),
-            "optimizer": 0 if spec is None else _bytes(_state(optimizer_of(spec, trained))),
+            "optimizer": 0 if spec is None or not spec.learns else _bytes(_state(optimizer_of(spec, trained))),
             "ema": _bytes(trained) if name == "student" and config.ema_decay else 0,
         }
         split = gpus if shards(train, sharding) else 1
@@ -260,7 +260,7 @@ def _roles(roles: Roles, config: Config, gpus: int, sharding: Sharding) -> dict[
             train=train,
             parameters=parameters,
             trainable=sum(p.numel() for p in trained),
-            dtype=str((trained or own)[0].dtype).removeprefix("torch."),
+            dtype=str((trained or kept)[0].dtype).removeprefix("torch."),
             per_gpu=sum(_share(size, split) for size in sizes.values()),
             **sizes,
         )

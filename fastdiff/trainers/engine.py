@@ -41,7 +41,10 @@ _SHOWN = 16
 
 def optimizer_of(role: Role, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser that trains a role."""
-    return torch.optim.AdamW(parameters, lr=role.lr, betas=role.betas, eps=role.eps, weight_decay=role.weight_decay)
+    options: dict[str, Any] = {"lr": role.lr, "betas": role.betas, "eps": role.eps, "weight_decay": role.weight_decay}
+    if role.optimizer == "radam":
+        return torch.optim.RAdam(parameters, **options, decoupled_weight_decay=True)
+    return torch.optim.AdamW(parameters, **options)
 
 
 class Trainer:
@@ -110,7 +113,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         self._teacher_hash = self.teacher.identity()
         self._roles = Roles(self.teacher, self.method.roles(), self._origin)
-        self._optimizers = {name: self._optimizer(name) for name in self.method.roles()}
+        self._optimizers = {name: self._optimizer(name) for name, role in self.method.roles().items() if role.learns}
         student = self._roles.parameters("student")
         decay = self.config.ema_decay
         self._ema = EMAModel(student, decay=decay, use_ema_warmup=True, power=0.75, foreach=True) if decay else None
@@ -264,7 +267,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            tensors: dict[str, dict[str, Tensor]] = {f"role.{name}": self._roles.state(name) for name in self._optimizers}
+            tensors: dict[str, dict[str, Tensor]] = {f"role.{name}": self._roles.state(name) for name in self._roles.specs}
             for name, optimizer in self._optimizers.items():
                 tensors[f"optimizer.{name}"] = checkpoint.optimizer_tensors(optimizer.optimizer)
             if self._ema:
@@ -286,8 +289,9 @@ class Trainer:
         if changed:
             shown = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in changed[:3])
             raise UserError(f"cannot resume {path}: {shown}. The run would not repeat itself; give the same options.")
-        for name, optimizer in self._optimizers.items():
+        for name in self._roles.specs:
             self._roles.load(name, tensors[f"role.{name}"])
+        for name, optimizer in self._optimizers.items():
             checkpoint.load_optimizer(optimizer.optimizer, tensors[f"optimizer.{name}"])
         if self._ema:
             self._ema.shadow_params = [tensors["ema"][str(i)].to(p) for i, p in enumerate(self._ema.shadow_params)]

@@ -390,3 +390,23 @@ def test_the_embedded_time_of_a_unet_has_the_width_that_the_family_says() -> Non
     teacher.denoiser(torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3]), teacher.encode(["a", "b", "c"]))
     handle.remove()
     assert seen == [(3, width)]
+
+
+# --- averages
+
+
+def test_an_average_follows_its_leader_and_nothing_trains_it(teacher: Teacher) -> None:
+    """An average that an optimiser also steps would drift from what it is the average of."""
+    roles = Roles(teacher, {"student": Role(train="full", lr=1e-3), "target": Role(train="average")})
+    assert [role.learns for role in roles.specs.values()] == [True, False]
+    shake(roles, "student", 1)
+    start = [p.clone() for p in roles.parameters("target")]
+    leader = [p.clone() for p in roles.parameters("student")]
+    roles.follow("target", "student", 0.75)
+    for old, ahead, now in zip(start, leader, roles.parameters("target"), strict=True):
+        assert torch.allclose(now, 0.75 * old + 0.25 * ahead, atol=1e-7)
+    roles.train_only("student")
+    assert not any(p.requires_grad for p in roles.parameters("target"))
+    roles.follow("target", "student", 0.0)
+    batch = inputs(teacher)
+    assert torch.equal(roles.denoiser("target")(*batch).x0, roles.denoiser("student")(*batch).x0)

@@ -187,6 +187,9 @@ class Method(ABC):
     fixed_point_fields: ClassVar[Mapping[str, Any]] = {}
     """Settings under which that law can be stated, besides those of the first trial."""
 
+    def __post_init__(self) -> None:  # noqa: B027 (no method has to refuse anything)
+        """Refuse settings that no run could mean."""
+
     @classmethod
     def name(cls) -> str:
         """The name in commands: ``SwiftBrush`` is ``swiftbrush``, ``ODEPairs`` is ``ode-pairs``."""

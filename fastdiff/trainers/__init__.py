@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.f_distill import FDistill
     from fastdiff.trainers.ode_pairs import ODEPairs
+    from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
     from fastdiff.trainers.sid import SiD
     from fastdiff.trainers.snoopi import SNOOPI
@@ -24,6 +25,7 @@ __all__ = [
     "DiffInstruct",
     "FDistill",
     "ODEPairs",
+    "ProgressiveDistillation",
     "ProlificDreamer",
     "SiD",
     "SwiftBrush",
@@ -36,6 +38,7 @@ _HOMES = {
     "DiffInstruct": "diff_instruct",
     "FDistill": "f_distill",
     "ODEPairs": "ode_pairs",
+    "ProgressiveDistillation": "progressive",
     "ProlificDreamer": "prolific_dreamer",
     "SNOOPI": "snoopi",
     "SiD": "sid",

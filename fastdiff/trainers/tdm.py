@@ -63,8 +63,8 @@ class TDM(Method):
     step_counts: tuple[int, ...] = (4,)
     """Network calls of the student. Of several, one is drawn for each cycle; the student is exported for the largest."""
     start: int = 900
-    """Levels that the student's steps divide evenly: the first call is at level ``start - 1`` of 0..999. Below 1000 only where noise
-    has the same size at every level (variance-preserving processes)."""
+    """Levels that the student's steps divide evenly: the first call is at level ``start - 1`` of 0..999. Below 1000 only where
+    noisy samples have the same size at every level (variance-preserving processes)."""
     lr: float = 4e-6
     """Student learning rate (the paper's is a fifth of the fake score's)."""
     fake_score_lr: float = 2e-5

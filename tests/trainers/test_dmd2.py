@@ -154,12 +154,10 @@ def test_the_penalty_nudges_what_the_network_sees_by_a_tenth_at_every_noise(tmp_
     """A tenth of x_t itself would be 0.2 of EDM's input at its smallest sigma and 0.001 at its largest."""
     teacher = Teacher.from_module(TimeMLP(2), EDM(), "edm", shape=(2,), bottleneck=("hidden", 128))
     seen: list[torch.Tensor] = []
-    teacher.family.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     run = Trainer(DMD2(gan_weight=1e-3, r1_weight=1.0, **PAIRS), teacher, output_dir=tmp_path, max_steps=2, batch_size=64)
     run.start()
     (batch,) = run._micro_batches(0)
     run._roles.modules["fake_score"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    seen.clear()
     with torch.no_grad():
         run.method._logits(torch.zeros(64, 2), "gan_real", batch.cond, batch, run._roles, perturb=True)
     run.close()

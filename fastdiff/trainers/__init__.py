@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from fastdiff.trainers.dmd import DMD
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.f_distill import FDistill
+    from fastdiff.trainers.lcm import LCM
+    from fastdiff.trainers.lcm_lora import LCMLoRA
     from fastdiff.trainers.ode_pairs import ODEPairs
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
     from fastdiff.trainers.sid import SiD
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
 __all__ = [
     "DMD",
     "DMD2",
+    "LCM",
     "SNOOPI",
     "TDM",
     "DiffInstruct",
     "FDistill",
+    "LCMLoRA",
     "ODEPairs",
     "ProlificDreamer",
     "SiD",
@@ -35,6 +39,8 @@ _HOMES = {
     "DMD2": "dmd2",
     "DiffInstruct": "diff_instruct",
     "FDistill": "f_distill",
+    "LCM": "lcm",
+    "LCMLoRA": "lcm_lora",
     "ODEPairs": "ode_pairs",
     "ProlificDreamer": "prolific_dreamer",
     "SNOOPI": "snoopi",

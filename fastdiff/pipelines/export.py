@@ -77,8 +77,8 @@ _DDIM = """`scheduler/` is configured so that the bare call makes exactly the {s
 {times}. Leave `num_inference_steps` out: another number would make other, untrained steps of this scheduler."""
 _LCM = """`scheduler/` is an `LCMScheduler` of {steps} steps at times {times}, with fresh noise between them. Fewer steps skip
 some of these times; more are refused."""
-_LCM_GRID = """`scheduler/` is an `LCMScheduler` on the {original} times that the student was distilled at; its {steps} steps, with fresh noise
-between them, are at times {times}. Any other number up to {original} works, at times of the same grid."""
+_LCM_GRID = """`scheduler/` is an `LCMScheduler` on the {original} times that the student was distilled at; its {steps} steps, with
+fresh noise between them, are at times {times}. Any other number up to {original} works, at times of the same grid."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class LatentConsistency(StoredPairs):
         super().__post_init__()
         if not 1 <= self.steps <= self.original_steps <= LEVELS:
             raise UserError(
-                f"steps is {self.steps} of original_steps {self.original_steps}: expected 1 <= steps <= original_steps <= {LEVELS}, "
+                f"steps is {self.steps} of original_steps {self.original_steps}: need 1 <= steps <= original_steps <= {LEVELS}, "
                 "or the student would be called at times that it was not trained at."
             )
         if self.distance not in {"pseudo_huber", "squared"}:

@@ -5,7 +5,8 @@
     L   = mean( sqrt((f(x_t, t, s) - sg f-(x_u, u, s))^2 + c^2) - c ),      f- <- decay f- + (1 - decay) f
 
 Times, boundary and sampler: ``_latent``. Trained: the student, a full copy of the teacher's network with a guidance embedding
-(``models.guidance_embedding``); the target f- follows it after every update. A range of equal ends needs no embedding and gets none.
+(``models.guidance_embedding``); the target f- follows it after every update. A range of equal ends needs no embedding, and gets
+none.
 Luo et al., Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference (2023), arXiv 2310.04378.
 Departures: x0 is the teacher's own stored result, not an image; learning rate and weight decay are those of diffusers' script.
 """
@@ -17,7 +18,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion.guidance import Scale
 from fastdiff.errors import UserError
 from fastdiff.models.condition import with_guidance
 from fastdiff.models.denoiser import Denoiser
@@ -44,8 +44,8 @@ class LCM(LatentConsistency):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "sliced_w2": 1.0, "stray": 1.0}, max_steps=3000),
-        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "w2": 1.0, "axes": 1.0}, max_steps=3000),
+        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 0.15, "sliced_w2": 0.13, "stray": 0.17}, max_steps=3000),
+        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 0.08, "w2": 0.3, "axes": 0.55}, max_steps=3000),
     }
 
     guidance_range: tuple[float, float] = (6.0, 16.0)
@@ -92,8 +92,8 @@ class LCM(LatentConsistency):
             teacher.family.guidance_embedding()
         except NotImplementedError as error:
             raise UserError(
-                f"{teacher.name}: {error} Trained at the scales {self.guidance_range} without knowing which, the student would learn "
-                "their mean. Pass a guidance_range of equal ends, such as (3.0, 3.0), or (1.0, 1.0) for no guidance."
+                f"{teacher.name}: {error} Trained at the scales {self.guidance_range} without knowing which, the student would "
+                "learn their mean. Pass a guidance_range of equal ends, such as (3.0, 3.0), or (1.0, 1.0) for no guidance."
             ) from error
 
     def schedule(self, teacher: Teacher) -> Schedule:

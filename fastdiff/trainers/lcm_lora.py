@@ -3,9 +3,9 @@
     x_u = DDIM step from x_t, teacher guided at one scale s
     L   = mean( sqrt((f(x_t, t) - sg f(x_u, u))^2 + c^2) - c )
 
-Times, boundary and sampler: ``_latent``. Trained: LoRA of rank r and alpha r on attention, feed-forward, convolutions, projections
-and time projections; no guidance embedding, and no average: the target is the student itself. Delivered: the merged pipeline and, in
-the same folder, the adapter (``pipelines.lora``).
+Times, boundary and sampler: ``_latent``. Trained: LoRA of rank r and alpha r on attention, feed-forward, convolutions,
+projections and time projections; no guidance embedding, and no average: the target is the student itself. Delivered: the merged
+pipeline and, in the same folder, the adapter (``pipelines.lora``).
 Luo et al., LCM-LoRA: A Universal Stable-Diffusion Acceleration Module (2023), arXiv 2311.05556.
 Departures: x0 is the teacher's own stored result, not an image; one fixed scale, where diffusers' script draws w from a range that
 the student is not told, and so learns a mean of.
@@ -26,7 +26,15 @@ from fastdiff.trainers.method import Batch, Calls, Delivered, Finished, Paper, T
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _OTHERS = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj")
 _SAMPLERS = ("downsamplers.0.conv", "upsamplers.0.conv")
-_TRIAL = {"guidance_scale": 1.0, "steps": 1, "pairs": 20_000, "pair_steps": 40, "pair_guidance_scale": 1.0, "lr": 2e-3}
+_TRIAL = {
+    "guidance_scale": 1.0,
+    "steps": 1,
+    "original_steps": 10,
+    "pairs": 20_000,
+    "pair_steps": 40,
+    "pair_guidance_scale": 1.0,
+    "lr": 5e-4,
+}
 
 
 @dataclass(kw_only=True)
@@ -42,8 +50,8 @@ class LCMLoRA(LatentConsistency):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "sliced_w2": 1.0, "stray": 1.0}, max_steps=3000),
-        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "w2": 1.0, "axes": 1.0}, max_steps=3000),
+        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "sliced_w2": 1.0, "stray": 1.0}, max_steps=2000),
+        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 0.19, "w2": 0.7, "axes": 0.5}, max_steps=2000),
     }
 
     guidance_scale: float = 7.5
@@ -63,8 +71,8 @@ class LCMLoRA(LatentConsistency):
 
     def roles(self) -> dict[str, Role]:
         layers = (*_ATTENTION, *_OTHERS, *_SAMPLERS)
-        adapter = {"rank": self.rank, "lora_alpha": float(self.rank), "lora_targets": layers}
-        return {"student": Role(train="lora", lr=self.lr, weight_decay=0.01, **adapter)}
+        alpha = float(self.rank)
+        return {"student": Role(train="lora", lr=self.lr, weight_decay=0.01, rank=self.rank, lora_alpha=alpha, lora_targets=layers)}
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
         return {"student": Calls(2, 1), "teacher": Calls(1 if self.guidance_scale == 1 else 2, 0)}

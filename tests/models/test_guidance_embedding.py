@@ -45,7 +45,9 @@ def test_a_new_embedding_changes_no_bit_at_any_scale_and_learns_from_the_first_s
     assert projection.grad.norm() > 0
     projection.data -= projection.grad / projection.grad.norm()
     with torch.no_grad():
-        answers = teacher.family.network(network)(x[:1].expand(5, -1, -1, -1), t[:1].expand(5), with_guidance(text[:1].expand(5, -1, -1), cond["guidance_scale"]))
+        answers = teacher.family.network(network)(
+            x[:1].expand(5, -1, -1, -1), t[:1].expand(5), with_guidance(text[:1].expand(5, -1, -1), cond["guidance_scale"])
+        )
     assert (answers[1:] - answers[0]).flatten(1).norm(dim=1).min() > 1e-3  # one input, five scales
 
 

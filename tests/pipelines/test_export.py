@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import tiny_pipeline, tiny_teacher
 
+from fastdiff.diffusion.solvers import lcm_times
 from fastdiff.errors import UserError
 from fastdiff.eval.cost import count_calls
-from fastdiff.diffusion.solvers import lcm_times
 from fastdiff.eval.pipeline import pipeline_subject
 from fastdiff.models.condition import with_guidance
 from fastdiff.models.denoiser import Denoiser

@@ -40,7 +40,9 @@ def by_hand(run: Trainer, n: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     emb = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w.float(), 256)
     t = 20 * (n + 1) - 1
     u = (t - 20).clamp(min=0)
-    a_t, s_t, a_u, s_u = (c[:, None, None, None].float() for c in (table[t].sqrt(), (1 - table[t]).sqrt(), table[u].sqrt(), (1 - table[u]).sqrt()))
+    a_t, s_t, a_u, s_u = (
+        c[:, None, None, None].float() for c in (table[t].sqrt(), (1 - table[t]).sqrt(), table[u].sqrt(), (1 - table[u]).sqrt())
+    )
     x_t = a_t * x0 + s_t * noise
     eps = roles.modules["student"](x_t, t, text, timestep_cond=emb).sample
     prediction = (x_t - s_t * eps) / a_t

@@ -228,7 +228,9 @@ def join_ranks(run: Trainer, world_size: int) -> None:
     if isinstance(run.method, StoredPairs):
         shares = [dataclasses.replace(run.method) for _ in range(world_size)]
         for rank, share in enumerate(shares):
-            share.prepare(Preparation(run.teacher, run.prompts, run.folder, seed, rank, world_size, run._log.progress))
+            share.prepare(
+                Preparation(run.teacher, run.prompts, run.folder, seed, rank, world_size, run.config.max_steps, run._log.progress)
+            )
 
         def draw_pairs(batch: Batch, **options: bool) -> tuple[Any, ...]:
             ranks = batch.draws.ranks  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.diffusion.process import expand
+from fastdiff.diffusion.process import NoiseProcess, expand
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 Times = Sequence[int] | Sequence[float] | Tensor
@@ -49,6 +49,15 @@ def ddim_step(prediction: Prediction, u: Tensor | None, *, eta: float = 0.0, noi
     fresh = eta * s * (1 - ratio.square()).sqrt()
     kept = (s.square() - fresh.square()).clamp(min=0).sqrt()
     return expand(a, x0) * x0 + expand(kept, x0) * prediction.eps + expand(fresh, x0) * noise
+
+
+def ddim_target(x_t: Tensor, t: Tensor, x_u: Tensor, u: Tensor, process: NoiseProcess) -> Tensor:
+    """The x0 whose DDIM step from (x_t, t) ends at (x_u, u), u earlier: ``(x_u - k x_t) / (a_u - k a_t)``, ``k = s_u / s_t``.
+
+    What one step of a student has to predict to repeat several of its teacher (progressive distillation, ICLR 2022).
+    """
+    k = process.sigma(u) / process.sigma(t)
+    return (x_u - expand(k, x_t) * x_t) / expand(process.alpha(u) - k * process.alpha(t), x_t)
 
 
 def euler_step(prediction: Prediction, u: Tensor | None) -> Tensor:

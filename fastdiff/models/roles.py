@@ -174,9 +174,10 @@ class Roles:
     @torch.no_grad()
     def follow(self, name: str, leader: str, decay: float) -> None:
         """``average <- decay average + (1 - decay) leader`` for the weights of an ``average`` role; buffers are copied."""
-        torch._foreach_lerp_(self.parameters(name), self.parameters(leader), 1 - decay)
-        for own, other in zip(self.modules[name].buffers(), self.modules[leader].buffers(), strict=True):
-            own.copy_(other)
+        for own, other in zip(self.parameters(name), self.parameters(leader), strict=True):
+            own.lerp_(other, 1 - decay)
+        for kept, current in zip(self.modules[name].buffers(), self.modules[leader].buffers(), strict=True):
+            kept.copy_(current)
 
     def train_only(self, *names: str) -> None:
         """Exactly the parameters of ``names`` receive gradient from now on."""

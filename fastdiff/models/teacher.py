@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,24 @@ def _short(name: str | Path) -> str:
     return f"{short}-local" if local else short  # a folder of that name has no captions of its own
 
 
+def _own_code(folder: Path) -> dict[str, Any]:
+    """Consent to the pipeline file of a folder, if it is to the byte one of this library's."""
+    try:
+        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError):
+        return {}  # a hub id, or an index that diffusers itself will not read
+    if not isinstance(kind, list):
+        return {}
+    file = f"{Path(kind[0]).name}.py"
+    own, theirs = Path(__file__).parent.parent / "pipelines" / file, folder / file
+    if not own.is_file() or not theirs.is_file() or own.read_bytes() != theirs.read_bytes():
+        raise UserError(
+            f"{folder} runs code of its own ({file}), which is not what this version of fastdiff writes: it could do anything. If "
+            "you trust it, load it yourself with DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)."
+        )
+    return {"trust_remote_code": True}
+
+
 def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None, blank: bool = False) -> Any:
     """A diffusers pipeline by bundled name, folder or hub id; safetensors only, progress bar off. ``blank`` leaves out all weights.
 
@@ -194,7 +213,7 @@ def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None, blank: 
         raise UserError(
             f"no folder {name} and no bundled teacher of that name. Bundled: {', '.join(BUNDLED)}; or pass a hub id owner/name."
         )
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+    options: dict[str, Any] = _own_code(folder) | ({} if dtype is None else {"torch_dtype": dtype})
     try:
         options |= blank_networks(str(folder), dtype=dtype) if blank else {}
         pipeline = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **options)

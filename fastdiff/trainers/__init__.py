@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.lcm import LCM
     from fastdiff.trainers.lcm_lora import LCMLoRA
     from fastdiff.trainers.ode_pairs import ODEPairs
+    from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
     from fastdiff.trainers.sid import SiD
     from fastdiff.trainers.snoopi import SNOOPI
@@ -28,6 +29,7 @@ __all__ = [
     "FDistill",
     "LCMLoRA",
     "ODEPairs",
+    "ProgressiveDistillation",
     "ProlificDreamer",
     "SiD",
     "SwiftBrush",
@@ -42,6 +44,7 @@ _HOMES = {
     "LCM": "lcm",
     "LCMLoRA": "lcm_lora",
     "ODEPairs": "ode_pairs",
+    "ProgressiveDistillation": "progressive",
     "ProlificDreamer": "prolific_dreamer",
     "SNOOPI": "snoopi",
     "SiD": "sid",

@@ -40,6 +40,7 @@ class StoredPairs(Method):
     """Guidance of the teacher that makes the pairs; 1 is off."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("pairs", "pair_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")

@@ -22,11 +22,12 @@ from fastdiff.losses import denoising, pseudo_target, reduce, variational_score_
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
+from fastdiff.trainers._scores import FakeScored, generated
 from fastdiff.trainers.method import Batch, Calls, one_step
 
 
 @dataclass(kw_only=True)
-class VariationalMethod(PairedMethod):
+class VariationalMethod(FakeScored, PairedMethod):
     """One-step student by variational score distillation with a LoRA fake score; needs prompts only."""
 
     fixed_point: ClassVar[str] = "student"
@@ -85,13 +86,16 @@ class VariationalMethod(PairedMethod):
         return self.warm_start_steps > 0
 
     def updates(self, step: int) -> tuple[str, ...]:
-        return (REGRESSION,) if step < self.warm_start_steps else ("student", "fake_score")
+        if step < self.warm_start_steps:
+            return (REGRESSION,)
+        return self.after_warmup(("student", "fake_score"), step - self.warm_start_steps)
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
         if REGRESSION in updates:
             return {"student": Calls(1, 1)}
-        asked = 1 + self.guided()
-        return {"student": Calls(1, 1), "teacher": Calls(asked, 0), "fake_score": Calls(asked + 1, 1)}
+        student = "student" in updates
+        asked = (1 + self.guided()) * student
+        return {"student": Calls(1, int(student)), "teacher": Calls(asked, 0), "fake_score": Calls(asked + 1, 1)}
 
     def lr_of(self, role: str, step: int) -> float:
         return self.regression_lr if step < self.warm_start_steps else super().lr_of(role, step)
@@ -115,7 +119,7 @@ class VariationalMethod(PairedMethod):
         return {"vsd": reduce(pseudo_target(x, gradient))} | self.added(x, batch)
 
     def _fake_score_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        x, process = batch.memo["x"], roles.teacher.process
+        x, process = generated(batch, roles), roles.teacher.process
         t, eps = self.times("fake_t", batch), batch.noise("fake_eps")
         cond = batch.null if batch.draws.choice("null") < self.null_probability else batch.cond
         fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, cond)

@@ -22,14 +22,14 @@ from torch import Tensor
 from fastdiff.errors import UserError
 from fastdiff.losses import pseudo_target, reduce
 from fastdiff.models.roles import Role, Roles
-from fastdiff.trainers._scores import score_matching
-from fastdiff.trainers.method import Batch, Calls, Method, Paper, Trial, one_step
+from fastdiff.trainers._scores import FakeScored, generated, score_matching
+from fastdiff.trainers.method import Batch, Calls, Paper, Trial, one_step
 
 _TRIAL = {"lr": 1e-3, "fake_score_lr": 2e-3}
 
 
 @dataclass(kw_only=True)
-class DiffInstruct(Method):
+class DiffInstruct(FakeScored):
     """One-step student by the unweighted difference of two denoisers at log-normal noise."""
 
     info: ClassVar[Paper] = Paper(
@@ -58,6 +58,7 @@ class DiffInstruct(Method):
     """Its standard deviation."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.log_nsr_std > 0:
             raise UserError(f"log_nsr_std is {self.log_nsr_std}: it must be above 0.")
 
@@ -69,9 +70,11 @@ class DiffInstruct(Method):
         return {"student": Role(train="full", lr=self.lr), "fake_score": Role(train="full", lr=self.fake_score_lr, dropout=True)}
 
     def updates(self, step: int) -> tuple[str, ...]:
-        return ("student", "fake_score")
+        return self.after_warmup(("student", "fake_score"), step)
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
+        if "student" not in updates:
+            return {"student": Calls(1, 0), "fake_score": Calls(1, 1)}
         guided = 1 if self.guidance_scale == 1 else 2
         return {"student": Calls(1, 1), "teacher": Calls(guided, 0), "fake_score": Calls(2, 1)}
 
@@ -96,7 +99,7 @@ class DiffInstruct(Method):
         return {"diff_instruct": reduce(pseudo_target(x, fake.x0 - real.x0), denominator=len(x))}
 
     def _fake_score_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        x, process = batch.memo["x"], roles.teacher.process
+        x, process = generated(batch, roles), roles.teacher.process
         t, eps = self.drawn_times("fake_t", batch), batch.noise("fake_eps")
         fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, batch.cond)
         return {"fake_score": reduce(score_matching(fake, x, eps))}

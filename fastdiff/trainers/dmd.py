@@ -23,7 +23,7 @@ from fastdiff.losses import pseudo_target, reduce
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers._scores import score_matching
+from fastdiff.trainers._scores import FakeScored, generated, score_matching
 from fastdiff.trainers.dmd2 import matching_gradient
 from fastdiff.trainers.method import Batch, Calls, Paper, Trial, one_step
 
@@ -38,7 +38,7 @@ _TRIAL = {
 
 
 @dataclass(kw_only=True)
-class DMD(PairedMethod):
+class DMD(FakeScored, PairedMethod):
     """One-step student by distribution matching, held to the teacher's ODE pairs by regression."""
 
     info: ClassVar[Paper] = Paper(
@@ -82,12 +82,16 @@ class DMD(PairedMethod):
         return self.regression_weight > 0 or self.warm_start_steps > 0
 
     def updates(self, step: int) -> tuple[str, ...]:
-        return (REGRESSION,) if step < self.warm_start_steps else ("student", "fake_score")
+        if step < self.warm_start_steps:
+            return (REGRESSION,)
+        return self.after_warmup(("student", "fake_score"), step - self.warm_start_steps)
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
         if REGRESSION in updates:
             return {"student": Calls(1, 1)}
         guided = 1 if self.guidance_scale == 1 else 2
+        if "student" not in updates:
+            return {"student": Calls(1, 0), "fake_score": Calls(1, 1)}
         on_pairs = int(self.regression_weight > 0)
         return {"student": Calls(1 + on_pairs, 1 + on_pairs), "teacher": Calls(guided, 0), "fake_score": Calls(2, 1)}
 
@@ -109,7 +113,7 @@ class DMD(PairedMethod):
         return terms
 
     def _fake_score_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        x, process = batch.memo["x"], roles.teacher.process
+        x, process = generated(batch, roles), roles.teacher.process
         t, eps = self.times("fake_t", batch), batch.noise("fake_eps")
         fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, batch.cond)
         return {"fake_score": reduce(score_matching(fake, x, eps))}

@@ -37,7 +37,7 @@ from fastdiff.losses import (
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import REGRESSION, PairedMethod
-from fastdiff.trainers._scores import full_precision, score_matching
+from fastdiff.trainers._scores import FakeScored, full_precision, generated, score_matching
 from fastdiff.trainers.method import Batch, Calls, Paper, Trial, due, needs_bottleneck, one_step
 from fastdiff.trainers.rollout import ROLLOUT, RolloutPool, pooled_updates
 from fastdiff.trainers.trajectory import Sampler
@@ -46,7 +46,7 @@ _TRIAL = {"guidance_scale": 1.0, "lr": 1e-3, "fake_score_lr": 2e-3, "ratio": (1,
 
 
 @dataclass(kw_only=True)
-class DMD2(PairedMethod):
+class DMD2(FakeScored, PairedMethod):
     """One-step student by distribution matching with a two-time-scale fake score; GAN term optional."""
 
     info: ClassVar[Paper] = Paper(
@@ -152,9 +152,10 @@ class DMD2(PairedMethod):
     def updates(self, step: int) -> tuple[str, ...]:
         if step < self.warm_start_steps:
             return (REGRESSION,)
+        step -= self.warm_start_steps
         if self.steps > 1:
-            return pooled_updates(step - self.warm_start_steps, self.ratio[1])
-        return ("student", "fake_score") if due(step - self.warm_start_steps, self.ratio) else ("fake_score",)
+            return self.after_warmup(pooled_updates(step, self.ratio[1]), step)
+        return self.after_warmup(("student", "fake_score") if due(step, self.ratio) else ("fake_score",), step)
 
     def trains(self, update: str) -> tuple[str, ...]:
         if update == "fake_score" and self.gan_weight > 0:
@@ -246,10 +247,7 @@ class DMD2(PairedMethod):
         if self.steps > 1:
             moments = self._pool.fake_score_samples(batch, roles, *self._cycle(batch))
             return moments.x0, batch.prompts.conditions(moments.prompt)
-        if "x" not in batch.memo:
-            with torch.no_grad():
-                batch.memo["x"] = one_step(roles.denoiser("student"), batch.noise("z"), batch.cond)
-        return batch.memo["x"], batch.cond
+        return generated(batch, roles), batch.cond
 
     def _cycle(self, batch: Batch) -> tuple[int, int]:
         """The first iteration of the running cycle, and the running one's place in it."""

@@ -114,9 +114,7 @@ class Trainer:
         self._teacher_hash = self.teacher.identity()
         self._roles = Roles(self.teacher, self.method.roles(), self._origin)
         self._optimizers = {name: self._optimizer(name) for name, role in self.method.roles().items() if role.learns}
-        student = self._roles.parameters("student")
-        decay = self.config.ema_decay
-        self._ema = EMAModel(student, decay=decay, use_ema_warmup=True, power=0.75, foreach=True) if decay else None
+        self._ema = self._average()
         self._health = Health(self.config.max_bad_steps)
         self._log = Log(self.folder, self.accelerator, total=self.config.max_steps, every=self.config.log_every)
         self._monitor = Monitor(self.method, self._roles, *self._fixed(_SHOWN))
@@ -132,6 +130,7 @@ class Trainer:
                 seed=self.config.seed,
                 rank=self.accelerator.process_index,
                 world_size=self.accelerator.num_processes,
+                max_steps=self.config.max_steps,
                 progress=self._log.progress,
             )
         )
@@ -146,6 +145,17 @@ class Trainer:
 
     def _optimizer(self, name: str) -> Any:
         return self.accelerator.prepare(optimizer_of(self.method.roles()[name], self._roles.parameters(name)))
+
+    def _average(self) -> EMAModel | None:
+        student, decay = self._roles.parameters("student"), self.config.ema_decay
+        return EMAModel(student, decay=decay, use_ema_warmup=True, power=0.75, foreach=True) if decay else None
+
+    def _restart(self, names: tuple[str, ...]) -> None:
+        if "student" in names and self._ema:
+            self._ema.copy_to(self._roles.parameters("student"))
+            self._ema = self._average()
+        for name in names:
+            self._optimizers[name] = self._optimizer(name)
 
     def close(self) -> None:
         """Close the logs and take the adapters off the teacher."""
@@ -183,6 +193,8 @@ class Trainer:
         torch.manual_seed(generator_for(self.config.seed, self.accelerator.process_index, step).initial_seed())
         micro = self._micro_batches(step)
         factor = self.config.lr_factor(step)
+        self._restart(self.method.restarts(step))
+        self.method.begin(step, self._roles)
         for update in self.method.updates(step):
             trained = self.method.trains(update)
             terms = self._backward(update, micro, trained)

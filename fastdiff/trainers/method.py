@@ -126,6 +126,7 @@ class Preparation:
     seed: int
     rank: int
     world_size: int
+    max_steps: int
     progress: Callable[[str, int], Callable[[int], None]]
     """``progress(label, total)`` gives a function to be told how much was done since its last call."""
 
@@ -189,6 +190,9 @@ class Method(ABC):
     fixed_point_fields: ClassVar[Mapping[str, Any]] = {}
     """Settings under which that law can be stated, besides those of the first trial."""
 
+    def __post_init__(self) -> None:  # noqa: B027 (no method has to refuse anything)
+        """Refuse settings that no run could mean."""
+
     @classmethod
     def name(cls) -> str:
         """The name in commands: ``SwiftBrush`` is ``swiftbrush``, ``ODEPairs`` is ``ode-pairs``."""
@@ -209,6 +213,15 @@ class Method(ABC):
     @abstractmethod
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         """Named scalar terms; their sum is minimised over ``trains(update)``."""
+
+    def restarts(self, step: int) -> tuple[str, ...]:
+        """Roles that go on from their average, with a new optimiser and a new average, from iteration ``step`` on."""
+        del step
+        return ()
+
+    def begin(self, step: int, roles: Roles) -> None:
+        """What precedes iteration ``step``, after ``restarts``."""
+        del step, roles
 
     def after(self, update: str, roles: Roles) -> None:
         """What follows the optimisers' steps of an update, besides them."""

@@ -24,13 +24,14 @@ from fastdiff.losses import denoising, reduce, score_identity
 from fastdiff.losses.weights import edm_weight
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.trainers.method import Batch, Calls, Method, Paper, Trial, one_step
+from fastdiff.trainers._scores import FakeScored, generated
+from fastdiff.trainers.method import Batch, Calls, Paper, Trial, one_step
 
 _TRIAL = {"guidance_scale": 1.0, "lr": 1e-3, "fake_score_lr": 2e-3}
 
 
 @dataclass(kw_only=True)
-class SiD(Method):
+class SiD(FakeScored):
     """One-step student by score identities, differentiated through teacher and fake score."""
 
     info: ClassVar[Paper] = Paper(
@@ -59,6 +60,7 @@ class SiD(Method):
     """How often a guided fake score learns the null prompt; decided once per batch."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1.0 <= self.alpha <= 1.2:
             raise UserError(f"alpha is {self.alpha}: SiD is stable from 1 to 1.2; below, its term of the wrong sign wins.")
         if not 0 <= self.null_probability <= 1:
@@ -71,9 +73,11 @@ class SiD(Method):
         return dict.fromkeys(("student_t", "fake_t"), (0, 800))
 
     def updates(self, step: int) -> tuple[str, ...]:
-        return ("student", "fake_score")
+        return self.after_warmup(("student", "fake_score"), step)
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
+        if "student" not in updates:
+            return {"student": Calls(1, 0), "fake_score": Calls(1, 1)}
         asked = 1 if self.guidance_scale == 1 else 2
         return {"student": Calls(1, 1), "teacher": Calls(asked, asked), "fake_score": Calls(asked + 1, asked + 1)}
 
@@ -91,7 +95,7 @@ class SiD(Method):
         return {"sid": reduce(score_identity(x, real.x0, fake.x0, alpha=self.alpha))}
 
     def _fake_score_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        x, process = batch.memo["x"], roles.teacher.process
+        x, process = generated(batch, roles), roles.teacher.process
         t, eps = self.times("fake_t", batch), batch.noise("fake_eps")
         null = self.guidance_scale != 1 and batch.draws.choice("null") < self.null_probability
         fake = roles.denoiser("fake_score")(process.add_noise(x, eps, t), t, batch.null if null else batch.cond)

@@ -150,7 +150,7 @@ def prepared(folder: Path, teacher: Teacher, made: list[str], **options: object)
         made.append(label)
         return lambda done: None
 
-    given = {"seed": 0, "rank": 0, "world_size": 1, **options}
+    given = {"seed": 0, "rank": 0, "world_size": 1, "max_steps": 1, **options}
     preparation = Preparation(teacher=teacher, prompts=PromptTable(prompts, teacher), folder=folder, progress=progress, **given)
     return load_or_make_pairs(ODEPairs(pairs=6, **{"pair_steps": 3, **method_options}), preparation)
 

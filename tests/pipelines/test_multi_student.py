@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from tiny import tiny_teacher
 
 from fastdiff.data.fashion import captions
 from fastdiff.data.partition import Partition
+from fastdiff.errors import UserError
+from fastdiff.models.teacher import load_pipeline
 from fastdiff.trainers import SwiftBrush
 from fastdiff.trainers.config import Config
 from fastdiff.trainers.multi_student import MultiStudent, Stage, load_students
@@ -190,3 +193,15 @@ def test_the_folder_works_where_fastdiff_is_not_installed(folder: Path, pipeline
         assert loaded == []
         assert torch.allclose(torch.tensor(sums, dtype=torch.float64), images.double().sum((1, 2, 3)), rtol=1e-6)
         assert touched == pipeline.touched()
+
+
+def test_the_commands_load_this_folder_and_no_other_code(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    noise = torch.randn(4, *tiny_teacher().latent_shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(load_pipeline(folder), PROMPTS[:4], noise), draw(load_students(folder), PROMPTS[:4], noise))
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    source = changed / "multi_student.py"
+    source.write_text(source.read_text() + "\nraise SystemExit('this ran')\n")
+    with pytest.raises(UserError, match="runs code of its own"):
+        load_pipeline(changed)

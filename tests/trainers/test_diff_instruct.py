@@ -16,7 +16,7 @@ from fastdiff.trainers import DiffInstruct
 from fastdiff.trainers.draws import Draws
 from fastdiff.trainers.method import Batch, Method
 
-VARIANTS: dict[str, Method] = {"guided": DiffInstruct(guidance_scale=2.0)}
+VARIANTS: dict[str, Method] = {"guided": DiffInstruct(guidance_scale=2.0, fake_score_warmup=1)}
 OFF = Setting(shift=0.3, spread=1.2)
 
 

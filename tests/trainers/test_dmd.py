@@ -16,7 +16,7 @@ from fastdiff.trainers.method import Method, one_step
 PAIRS = {"pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
     "pairs": DMD(**PAIRS),
-    "warm": DMD(warm_start_steps=2, **PAIRS),
+    "warm": DMD(warm_start_steps=2, fake_score_warmup=1, **PAIRS),
 }
 OFF = Setting(shift=0.3, spread=1.2)
 

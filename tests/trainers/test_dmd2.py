@@ -17,7 +17,7 @@ from fastdiff.trainers.method import Method, due, one_step
 
 PAIRS = {"pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
-    "full": DMD2(ratio=(1, 3)),
+    "full": DMD2(ratio=(1, 3), fake_score_warmup=1),
     "full-gan": DMD2(ratio=(1, 3), gan_weight=1e-3, **PAIRS),
     "lora-warm": DMD2(ratio=(2, 3), fake_score="lora", rank=4, warm_start_steps=2, **PAIRS),
     "pull": DMD2(ratio=(1, 2), pull=0.1),

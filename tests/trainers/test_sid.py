@@ -14,7 +14,7 @@ from fastdiff.trainers import SiD
 from fastdiff.trainers.method import Method
 
 VARIANTS: dict[str, Method] = {
-    "guided": SiD(null_probability=0.0, alpha=1.2),
+    "guided": SiD(null_probability=0.0, alpha=1.2, fake_score_warmup=1),
 }
 OFF = Setting(shift=0.3, spread=1.2, n=20_000)
 

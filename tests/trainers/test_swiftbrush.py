@@ -13,7 +13,7 @@ from fastdiff.trainers.method import Method, one_step
 TINY = {"rank": 4, "lora_alpha": 8.0, "pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
     "cold-null": SwiftBrush(null_probability=1.0, **TINY),
-    "warm": SwiftBrush(null_probability=0.0, warm_start_steps=2, **TINY),
+    "warm": SwiftBrush(null_probability=0.0, warm_start_steps=2, fake_score_warmup=1, **TINY),
 }
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.lcm import LCM
     from fastdiff.trainers.lcm_lora import LCMLoRA
     from fastdiff.trainers.ode_pairs import ODEPairs
+    from fastdiff.trainers.pcm import PCM
     from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
     from fastdiff.trainers.sid import SiD
@@ -23,6 +24,7 @@ __all__ = [
     "DMD",
     "DMD2",
     "LCM",
+    "PCM",
     "SNOOPI",
     "TDM",
     "DiffInstruct",
@@ -44,6 +46,7 @@ _HOMES = {
     "LCM": "lcm",
     "LCMLoRA": "lcm_lora",
     "ODEPairs": "ode_pairs",
+    "PCM": "pcm",
     "ProgressiveDistillation": "progressive",
     "ProlificDreamer": "prolific_dreamer",
     "SNOOPI": "snoopi",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.guidance import Scale
+from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.process import LEVELS, expand
 from fastdiff.diffusion.solvers import ddim_step, lcm_times
 from fastdiff.errors import UserError
@@ -76,20 +77,25 @@ class LatentConsistency(StoredPairs):
     ) -> dict[str, Tensor]:
         """The loss; ``target`` is the role of f-, and ``told`` makes of a condition what student and target are given."""
         _, x0, cond = self.draw_pairs(batch)
-        level, lower = self._neighbours(batch)
-        t, u = (batch.teacher.process.at_level(times) for times in (level, lower))
+        levels = self.neighbours(batch.draws.integers("n", 0, self.original_steps))
+        t, u, end = (batch.teacher.process.at_level(level) for level in levels)
         x_t = batch.teacher.process.add_noise(x0, batch.noise("eps"), t)
-        prediction = roles.denoiser("student")(x_t, t, told(cond)).x0
+        prediction = self.compared(roles.denoiser("student")(x_t, t, told(cond)), end)
         with torch.no_grad():
             x_u = ddim_step(roles.denoiser("teacher").guided(x_t, t, cond, batch.null, scale), u)
-            aim = roles.denoiser(target)(x_u, u, told(cond)).x0
-            aim = torch.where(expand(lower == 0, aim).bool(), x_u.to(aim.dtype), aim)
+            aim = self.compared(roles.denoiser(target)(x_u, u, told(cond)), end)
+            aim = torch.where(expand(levels[1] == levels[2], aim).bool(), x_u.to(aim.dtype), aim)
         if self.distance == "squared":
             return {"consistency": reduce(consistency(prediction, aim))}
         return {"consistency": reduce(latent_consistency(prediction, aim, c=self.huber_c))}
 
-    def _neighbours(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Levels t_n and u [B] of the module docstring."""
+    def neighbours(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels t_n and u [B] of the module docstring, and the level where the boundary is."""
         skip = LEVELS // self.original_steps
-        level = skip * (batch.draws.integers("n", 0, self.original_steps) + 1) - 1
-        return level, (level - skip).clamp(min=0)
+        level = skip * (n + 1) - 1
+        return level, (level - skip).clamp(min=0), torch.zeros_like(level)
+
+    def compared(self, prediction: Prediction, end: Tensor) -> Tensor:
+        """What is the same along a trajectory, given the times of the boundary: x0."""
+        del end
+        return prediction.x0

@@ -138,7 +138,8 @@ def test_the_target_at_level_0_is_the_state_itself(tmp_path: Path) -> None:
 def test_times_are_the_grid_of_the_sampler_s_own(tmp_path: Path) -> None:
     """``LCMScheduler`` visits times of this grid only."""
     with started(LCM(guidance_range=(1.0, 1.0), **PAIRS), tmp_path, batch_size=400) as run:
-        level, lower = run.method._neighbours(run._micro_batches(0)[0])
+        level, lower, end = run.method.neighbours(run._micro_batches(0)[0].draws.integers("n", 0, 50))
+    assert (end == 0).all()
     assert sorted(set(level.tolist())) == list(range(19, 1000, 20))
     assert torch.equal(lower, torch.where(level == 19, 0, level - 20))
     assert set(LCM().levels()) == {999, 759, 499, 259}

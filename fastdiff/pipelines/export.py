@@ -253,7 +253,7 @@ def export_pipeline(
         (folder / "model_index.json").unlink(missing_ok=True)
         for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
             replace(part, folder / part.name)
-        pipeline.register_to_config(_name_or_path=str(folder))  # as after loading: the folder's note is its
+        pipeline.register_to_config(_name_or_path=str(folder.resolve()))  # as after loading: the folder's note is its
     except OSError as error:
         raise UserError(
             f"cannot write the student to {folder}: {error}. Free space or choose another --output; the checkpoint is kept."

@@ -29,8 +29,9 @@ def own_call(pipeline: Any) -> dict[str, float]:
     A folder without that note has only its scheduler to tell: LCM folders were distilled on as many times as they shall visit; on
     diffusers' own 50 of them a bare call is left as it is.
     """
-    note = Path(pipeline.config.get("_name_or_path") or "", "fastdiff.json")
-    if note.is_file():
+    folder = pipeline.config.get("_name_or_path")
+    note = Path(folder or "", "fastdiff.json")
+    if folder and note.is_file():
         call: dict[str, float] | None = json.loads(note.read_text(encoding="utf-8")).get("call")
         if call is not None:
             return call

@@ -50,7 +50,7 @@ class LCMLoRA(LatentConsistency):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "sliced_w2": 1.0, "stray": 1.0}, max_steps=2000),
+        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 0.23, "sliced_w2": 0.2, "stray": 0.33}, max_steps=2000),
         "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 0.19, "w2": 0.7, "axes": 0.5}, max_steps=2000),
     }
 

@@ -4,9 +4,9 @@
     Psi(x, t)  = a_e x0(x, t) + s_e eps(x, t)                   DDIM jump to the lower edge e of t's phase
     L          = mean( sqrt((Psi(x_t, t) - sg Psi-(x_u, u))^2 + c^2) - c ),      Psi-(x, e) = x
 
-u and x_u as in LCM (``_latent``): one step of the guided teacher. A student of LCM jumps to the data from everywhere and so must put
-noise back between its calls; one of PCM ends each call at the next one's time, and no noise is drawn. For a fixed edge zero loss can
-be reached. At M = N it is regression on the teacher's own steps.
+u and x_u as in LCM (``_latent``): one step of the guided teacher. A student of LCM jumps to the data from everywhere and so must
+put noise back between its calls; one of PCM ends each call at the next one's time, and no noise is drawn. For a fixed edge zero loss
+can be reached. At M = N it is regression on the teacher's own steps.
 Wang et al., Phased Consistency Models (NeurIPS 2024), arXiv 2405.18407; as on the sheet of Hyper-SD, read in the released code.
 Departures: those of ``lcm``; a full student that is told its scale, where the paper trains a LoRA on w in [4, 5]; N = 40, so that 4
 phases are of equal length and a stock scheduler visits their edges; no adversarial term.

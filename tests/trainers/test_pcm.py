@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdiff.diffusion.gaussian import Gaussian
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.process import EDM, NoiseProcess, RectifiedFlow, expand
+from fastdiff.diffusion.solvers import ddim_step
 from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.mlp import TimeMLP
@@ -17,6 +18,7 @@ from fastdiff.models.teacher import Teacher
 from fastdiff.proof import laws
 from fastdiff.trainers import LCM, PCM, _latent
 from fastdiff.trainers.method import Method
+from fastdiff.trainers.trajectory import trajectory
 
 PAIRS = {"pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
@@ -118,7 +120,10 @@ def test_a_student_whose_jumps_are_exact_has_no_loss_and_samples_the_exact_map(
     noise = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start = process.at_level(torch.full((50,), 999))
     end = law.flow_map(process.initial_scale * noise, start, process.at_level(torch.zeros(50, dtype=torch.long)))
-    assert (method.sample(exact, noise, None) - end).abs().max() < 0.1  # its last call ends at x0, below level 0
+    calls = trajectory(exact, noise, None, method.levels(), "ddim")
+    landed = ddim_step(calls[-1], process.at_level(torch.zeros(50, dtype=torch.long)))
+    assert (landed - end).abs().max() < 1e-9
+    assert torch.equal(method.sample(exact, noise, None), calls[-1].x0)  # the sampler's end, below level 0
 
 
 def test_phases_of_unequal_length_are_refused_where_no_scheduler_visits_their_edges(tmp_path: Path) -> None:

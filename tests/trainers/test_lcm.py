@@ -19,6 +19,8 @@ from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.teacher import Teacher
 from fastdiff.proof import laws
 from fastdiff.trainers import LCM, _latent
+from fastdiff.trainers._plan import plan
+from fastdiff.trainers.config import Config
 from fastdiff.trainers.method import Method
 
 PAIRS = {"pairs": 12, "pair_steps": 2}
@@ -194,6 +196,16 @@ def test_the_student_samples_at_the_middle_of_its_range_unless_told(tmp_path: Pa
     denoiser = Denoiser(network, laws.process(), "epsilon")
     LCM(sample_guidance_scale=7.0, steps=1).sample(denoiser, noise, torch.zeros(2, 1))
     assert [scale.tolist() for scale in seen] == [[7.0, 7.0]]
+
+
+def test_a_plan_counts_scales_that_have_no_values(tmp_path: Path) -> None:
+    """Whether every drawn scale is 1, when the null pass is left out, cannot be asked there."""
+    config = Config(output_dir=tmp_path, batch_size=2)
+    found = plan(LCM(**PAIRS), Teacher.planned("fashion"), config, prompts=["a red boot"])
+    assert found.unknown == found.refusals == []
+    assert (found.updates["student"].activations or 0) > 0
+    assert (found.roles["target"].train, found.roles["target"].trainable) == ("average", 0)
+    assert found.roles["student"].parameters > found.roles["teacher"].parameters
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def pipeline_subject(
         drawn = f"{probe.shape[-2]}x{probe.shape[-1]}"
         raise UserError(f"{name} is a {type(pipeline).__name__}, whose images are {drawn} and not of {resolution} pixels a side.")
     if guidance_scale is None:
+        guidance_scale = chosen.get("guidance_scale")
+    if guidance_scale is None:
         guidance_scale = 1.0 if calls.samples == calls.forwards else _default_guidance(takes)
     steps = steps or calls.forwards
     return Subject(

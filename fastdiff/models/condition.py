@@ -1,4 +1,8 @@
-"""Conditions of a batch: a tensor [B, ...] or a dict of such tensors, joined and indexed along the batch."""
+"""Conditions of a batch: a tensor [B, ...] or a dict of such tensors, joined and indexed along the batch.
+
+A network that is told its guidance scale takes ``{"cond": condition, "guidance_scale": [B]}``, the scale in this library's
+convention (1 is off).
+"""
 
 from typing import Any
 
@@ -34,3 +38,15 @@ def repeat(condition: Any, n: int) -> Any:
     if isinstance(condition, dict):
         return {key: repeat(value, n) for key, value in condition.items()}
     return condition.expand(n, *condition.shape[1:])
+
+
+def with_guidance(condition: Any, scale: Tensor) -> Condition:
+    """A condition that says the guidance scale [B] too."""
+    return {"cond": condition, "guidance_scale": scale}
+
+
+def split_guidance(condition: Any) -> tuple[Any, Tensor | None]:
+    """The condition itself, and the guidance scale [B] that it says, if any."""
+    if isinstance(condition, dict) and "guidance_scale" in condition:
+        return condition["cond"], condition["guidance_scale"]
+    return condition, None

@@ -52,7 +52,7 @@ class Denoiser:
             combine: another rule of ``diffusion.guidance``, its options bound with ``functools.partial``.
             on: the prediction type that the rule acts on. Plain guidance is the same on all of them; the others are not.
         """
-        if bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1:
+        if not scale.is_meta and bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1:  # a plan's has no values
             return self(x_t, t, cond)
         if batched:
             uncond, conditional = self(torch.cat([x_t, x_t]), torch.cat([t, t]), concat(null, cond)).output(on).chunk(2)

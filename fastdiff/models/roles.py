@@ -144,7 +144,7 @@ class Roles:
                 "the student trains a LoRA adapter on the teacher's backbone: it cannot begin from a network of its own."
             )
         for name, role in specs.items():
-            if name == "student" and start.network is not None:
+            if start.network is not None and (name == "student" or role.train == "average"):
                 self.modules[name] = copy.deepcopy(start.network).to(teacher.device)
             elif role.train != "lora" and role.build is not None:
                 self.modules[name] = role.build(teacher).to(teacher.device)
@@ -248,6 +248,12 @@ class Roles:
             raise KeyError(f"weights of role {name} do not fit: {sorted(own.keys() ^ state.keys())[:3]}")
         for key, value in own.items():
             value.copy_(state[key])
+
+    def adapter(self, name: str) -> dict[str, Tensor]:
+        """Copies of a LoRA role's weights, ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight``; nothing of other roles."""
+        if self.specs[name].train != "lora":
+            return {}
+        return {key.replace(f".{name}.", "."): value.detach().clone() for key, value in self._parameters[name].items()}
 
     def merged(self, name: str) -> nn.Module:
         """A stock network with the role's weights; a LoRA role is merged into a copy of the backbone."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdiff.errors import UserError
 from fastdiff.files import aside
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.guidance_embedding import guidance_width
 from fastdiff.models.teacher import Teacher
 from fastdiff.models.tokenizers import add_slow_files
 from fastdiff.pipelines.few_step import LCM_STEPS, ddim_scheduler, lcm_scheduler
@@ -50,7 +51,7 @@ _CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
-A {method} student of `{teacher}`, trained with fastdiff {version}: {calls} per image, no guidance.
+A {method} student of `{teacher}`, trained with fastdiff {version}: {calls} per image, {guidance}.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -76,6 +77,8 @@ _DDIM = """`scheduler/` is configured so that the bare call makes exactly the {s
 {times}. Leave `num_inference_steps` out: another number would make other, untrained steps of this scheduler."""
 _LCM = """`scheduler/` is an `LCMScheduler` of {steps} steps at times {times}, with fresh noise between them. Fewer steps skip
 some of these times; more are refused."""
+_LCM_GRID = """`scheduler/` is an `LCMScheduler` on the {original} times that the student was distilled at; its {steps} steps, with
+fresh noise between them, are at times {times}. Any other number up to {original} works, at times of the same grid."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,18 @@ class Schedule:
 
     times: Sequence[int] | Sequence[float]
     sampler: str
+    original_steps: int | None = None
+    """Of the grid that a consistency student was distilled on, where it visits only some of them."""
+    guidance_scale: float | None = None
+    """What a student is told that was trained at many scales; None for all others, which have no such input."""
 
     @property
-    def call(self) -> dict[str, int]:
+    def call(self) -> dict[str, float]:
         """What the exported pipeline must be told besides the prompt: nothing, if its class leaves that choice to its folder."""
-        steps = len(self.times)
-        return {"num_inference_steps": steps} if self.sampler == "consistency" and steps not in {1, LCM_STEPS} else {}
+        steps, told = len(self.times), dict[str, float]()
+        if self.sampler == "consistency" and steps not in {1, LCM_STEPS}:
+            told["num_inference_steps"] = steps
+        return told if self.guidance_scale is None else told | {"guidance_scale": self.guidance_scale}
 
     def parts(self, teacher: Teacher) -> tuple[type, Any]:
         """The stock pipeline class and the scheduler of a student of ``teacher``.
@@ -107,16 +116,19 @@ class Schedule:
             return type(teacher.pipeline), scheduler
         if self.sampler == "ddim":
             return type(teacher.pipeline), ddim_scheduler(table, times, teacher.prediction_type)
-        return LatentConsistencyModelPipeline, lcm_scheduler(teacher.pipeline.scheduler.config, times, len(table))
+        config = teacher.pipeline.scheduler.config
+        return LatentConsistencyModelPipeline, lcm_scheduler(config, times, len(table), self.original_steps)
 
     def card(self) -> dict[str, str]:
         """What the model card says about it."""
         steps, times = len(self.times), ", ".join(map(str, self.times))
-        text = _ONE_STEP if steps == 1 else (_DDIM if self.sampler == "ddim" else _LCM)
+        few = _DDIM if self.sampler == "ddim" else (_LCM if self.original_steps is None else _LCM_GRID)
+        text = _ONE_STEP if steps == 1 else few
         return {
             "calls": "one network call" if steps == 1 else f"{steps} network calls",
+            "guidance": "no guidance" if self.guidance_scale is None else "guidance is an input of the network",
             "arguments": "".join(f", {key}={value}" for key, value in self.call.items()),
-            "schedule": text.format(steps=steps, times=times),
+            "schedule": text.format(steps=steps, times=times, original=self.original_steps),
         }
 
 
@@ -134,7 +146,7 @@ def check_exportable(teacher: Teacher) -> None:
             f"the last time of {teacher.name} has no signal (zero-terminal SNR): the stock scheduler that makes one step of a bare "
             "call cannot be configured for it, and the student could not be saved. Such teachers are not supported yet."
         )
-    if getattr(teacher.family.backbone.config, "time_cond_proj_dim", None) is not None:
+    if guidance_width(teacher.family.backbone) is not None:
         raise UserError(
             f"the network of {teacher.name} embeds its guidance already (time_cond_proj_dim): the student would ignore what it was "
             "trained with. Take the teacher from before its guidance distillation."
@@ -217,7 +229,7 @@ def export_pipeline(
 
     components = dict(teacher.pipeline.components)
     kind, components["scheduler"] = schedule.parts(teacher)
-    components["unet"] = without_guidance(network)
+    components["unet"] = without_guidance(network) if guidance_width(network) is None else network
     pipeline = kind(**components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,6 +253,7 @@ def export_pipeline(
         (folder / "model_index.json").unlink(missing_ok=True)
         for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
             replace(part, folder / part.name)
+        pipeline.register_to_config(_name_or_path=str(folder.resolve()))  # as after loading: the folder's note is its
     except OSError as error:
         raise UserError(
             f"cannot write the student to {folder}: {error}. Free space or choose another --output; the checkpoint is kept."

@@ -9,7 +9,9 @@ trained at. The table of betas is the teacher's own up to the largest of them. A
 gives another number of times.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,28 +23,37 @@ LCM_STEPS = 4
 """What LatentConsistencyModelPipeline takes."""
 
 
-def own_call(pipeline: Any) -> dict[str, int]:
-    """What an exported pipeline must be told besides the prompt: its number of steps, where its class has another default.
+def own_call(pipeline: Any) -> dict[str, float]:
+    """What an exported pipeline must be told besides the prompt, by ``call`` in the ``fastdiff.json`` of the folder it is of.
 
-    Only LCM folders have one, and a scheduler that was distilled on as many times as it shall visit; on diffusers' own 50 of them
-    a bare call is left as it is.
+    A folder without that note has only its scheduler to tell: LCM folders were distilled on as many times as they shall visit; on
+    diffusers' own 50 of them a bare call is left as it is.
     """
+    folder = pipeline.config.get("_name_or_path")
+    note = Path(folder or "", "fastdiff.json")
+    if folder and note.is_file():
+        call: dict[str, float] | None = json.loads(note.read_text(encoding="utf-8")).get("call")
+        if call is not None:
+            return call
     trained = getattr(pipeline, "scheduler", None) and pipeline.scheduler.config.get("original_inference_steps")
     lcm = type(pipeline).__name__ == "LatentConsistencyModelPipeline"
     return {"num_inference_steps": int(trained)} if lcm and trained not in {None, LCM_STEPS, BARE_STEPS} else {}
 
 
-def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int) -> Any:
+def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, original_steps: int | None = None) -> Any:
     """``LCMScheduler`` whose grid of ``len(times)`` steps is ``times``.
 
+    Args:
+        original_steps: of the grid that the student was distilled on; None is ``times`` itself, K of them.
+
     Raises:
-        ValueError: times are not ``T - 1 - k T / K``.
+        ValueError: times are not ``solvers.lcm_times(K, original_steps)``; without a grid, ``T - 1 - k T / K``.
     """
     from diffusers import LCMScheduler
 
     scheduler = LCMScheduler.from_config(
         config,
-        original_inference_steps=len(times),
+        original_inference_steps=original_steps or len(times),
         timestep_spacing="leading",
         num_train_timesteps=num_train_timesteps,
         clip_sample=False,

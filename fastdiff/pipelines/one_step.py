@@ -15,7 +15,8 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+
+from fastdiff.models.guidance_embedding import with_guidance_embedding
 
 
 def one_step_scheduler(alpha_bar: float, *, timestep: int = 999, prediction_type: str = "epsilon", max_steps: int = 50) -> Any:
@@ -55,9 +56,4 @@ def one_step_scheduler(alpha_bar: float, *, timestep: int = 999, prediction_type
 
 def without_guidance(unet: Any) -> Any:
     """The same network with a guidance embedding of zero: pipelines then never run the unconditional pass."""
-    student = type(unet).from_config(unet.config, time_cond_proj_dim=4)
-    missing, surplus = student.load_state_dict(unet.state_dict(), strict=False)
-    if surplus or missing != ["time_embedding.cond_proj.weight"]:
-        raise ValueError(f"the guidance embedding does not fit this network: missing {missing}, surplus {surplus}.")
-    nn.init.zeros_(student.time_embedding.cond_proj.weight)
-    return student.eval() if student.dtype == unet.dtype else student.to(dtype=unet.dtype).eval()
+    return with_guidance_embedding(unet, width=4)

@@ -7,7 +7,10 @@ if TYPE_CHECKING:
     from fastdiff.trainers.dmd import DMD
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.f_distill import FDistill
+    from fastdiff.trainers.lcm import LCM
+    from fastdiff.trainers.lcm_lora import LCMLoRA
     from fastdiff.trainers.ode_pairs import ODEPairs
+    from fastdiff.trainers.pcm import PCM
     from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
     from fastdiff.trainers.sid import SiD
@@ -20,10 +23,13 @@ if TYPE_CHECKING:
 __all__ = [
     "DMD",
     "DMD2",
+    "LCM",
+    "PCM",
     "SNOOPI",
     "TDM",
     "DiffInstruct",
     "FDistill",
+    "LCMLoRA",
     "ODEPairs",
     "ProgressiveDistillation",
     "ProlificDreamer",
@@ -37,7 +43,10 @@ _HOMES = {
     "DMD2": "dmd2",
     "DiffInstruct": "diff_instruct",
     "FDistill": "f_distill",
+    "LCM": "lcm",
+    "LCMLoRA": "lcm_lora",
     "ODEPairs": "ode_pairs",
+    "PCM": "pcm",
     "ProgressiveDistillation": "progressive",
     "ProlificDreamer": "prolific_dreamer",
     "SNOOPI": "snoopi",

@@ -353,18 +353,20 @@ class Trainer:
     def _finish(self) -> Any:
         if not self.accelerator.is_main_process:
             return None
-        network = self._with_ema(lambda: self._roles.merged("student"))
+        network, adapter = self._with_ema(lambda: (self._roles.merged("student"), self._roles.adapter("student")))
+        schedule = self.method.schedule(self.teacher)
         note = {
             "method": self.method.name(),
             "teacher": self.teacher.name,
-            "num_inference_steps": len(self.method.timesteps(self.teacher)),
-            "timesteps": self.method.timesteps(self.teacher),
-            "guidance_scale": 1.0,
+            "num_inference_steps": len(schedule.times),
+            "timesteps": schedule.times,
+            "guidance_scale": schedule.guidance_scale or 1.0,
+            "call": schedule.call,
             "run": self._identity(),
         }
         self._roles.close()
         self._log.close_bar()
-        delivered = self.method.deliver(Finished(self.teacher, network, self.folder, note, *self._fixed(_SHOWN)))
+        delivered = self.method.deliver(Finished(self.teacher, network, self.folder, note, *self._fixed(_SHOWN), adapter))
         self.samples = (*self._fixed(_SHOWN), delivered.images)
         self._show(delivered.images, "final.png")
         difference = delivered.difference

@@ -153,6 +153,8 @@ class Finished:
     prompts: list[str]
     noise: Tensor
     """Prompts and noise for the samples by which what was written is compared with what was trained."""
+    adapter: Mapping[str, Tensor] = field(default_factory=dict)
+    """The student's LoRA weights: see ``Roles.adapter``."""
 
 
 @dataclass(frozen=True)

@@ -176,11 +176,10 @@ class MultiStudent:
         if self.teacher.pipeline is None:
             return self._export_modules(folders, prompts, noise, images)
         note = {"teacher": self.teacher.name, "students": self.partition.students, "partition": self.partition.hash()}
-        note |= {"stages": {name: stage.method.name() for name, stage in self.stages.items()}}
+        schedule = self.stages[last].method.schedule(self.teacher)
+        note |= {"stages": {name: stage.method.name() for name, stage in self.stages.items()}, "call": schedule.call}
         export_students(folders, self.folder, note=note, prompt=prompts[0], save_partition=self.partition.save)
-        self.result["export_max_abs_diff"] = verify_export(
-            self.folder, self.stages[last].method.schedule(self.teacher), prompts, noise, images
-        )
+        self.result["export_max_abs_diff"] = verify_export(self.folder, schedule, prompts, noise, images)
         return load_students(self.folder)
 
     def _export_modules(self, folders: list[Path], prompts: list[str], noise: Tensor, images: Tensor) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastdiff.models.condition import concat, repeat, take
+from fastdiff.models.condition import concat, repeat, split_guidance, take, with_guidance
 
 
 def nested(seed: int, n: int = 3) -> dict:
@@ -31,3 +31,13 @@ def test_repeat_copies_no_memory() -> None:
     assert torch.equal(five["states"], one["states"].expand(5, 4, 2))
     assert five["added"]["pooled"].data_ptr() == one["added"]["pooled"].data_ptr()
     assert torch.equal(repeat(torch.tensor([[1, 2]]), 2), torch.tensor([[1, 2], [1, 2]]))
+
+
+def test_a_guidance_scale_goes_with_its_rows_and_comes_off_again() -> None:
+    cond, scale = nested(0), torch.tensor([1.0, 2.0, 3.0])
+    rows = take(concat(with_guidance(cond, scale), with_guidance(cond, 10 * scale)), torch.tensor([4, 0]))
+    inner, told = split_guidance(rows)
+    assert told.tolist() == [20.0, 1.0]
+    assert torch.equal(inner["states"], cond["states"][[1, 0]])
+    assert split_guidance(cond) == (cond, None)
+    assert split_guidance(scale) == (scale, None)

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import tiny_teacher
 from torch import nn
 
-from fastdiff.models.roles import Role, Roles
+from fastdiff.models.roles import Role, Roles, Start
 from fastdiff.models.teacher import Teacher
 
 LORA = Role(train="lora", lr=1e-3, rank=4, lora_alpha=8.0)
@@ -410,3 +410,26 @@ def test_an_average_follows_its_leader_and_nothing_trains_it(teacher: Teacher) -
     roles.follow("target", "student", 0.0)
     batch = inputs(teacher)
     assert torch.equal(roles.denoiser("target")(*batch).x0, roles.denoiser("student")(*batch).x0)
+
+
+def test_an_average_of_a_student_with_a_network_of_its_own_is_of_that_network(teacher: Teacher) -> None:
+    """A copy of the teacher in its place has other weights, and could not follow."""
+    smaller = nn.Linear(3, 2)
+    roles = Roles(teacher, {"student": Role(train="full"), "target": Role(train="average")}, Start(network=smaller))
+    shake(roles, "student", 1)
+    roles.follow("target", "student", 0.5)
+    for start, ahead, now in zip(smaller.parameters(), roles.parameters("student"), roles.parameters("target"), strict=True):
+        assert torch.allclose(now, (start + ahead) / 2, atol=1e-7)
+
+
+def test_an_adapter_s_weights_are_copies_by_the_names_of_its_layers(adapters: Roles) -> None:
+    weights = adapters.adapter("student")
+    layers = {key.rsplit(".lora_", 1)[0] for key in weights}
+    network = dict(adapters.teacher.family.backbone.named_modules())
+    assert weights.keys() == {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
+    for layer in layers:
+        assert torch.equal(weights[f"{layer}.lora_A.weight"], network[layer].lora_A["student"].weight)
+        assert torch.equal(weights[f"{layer}.lora_B.weight"], network[layer].lora_B["student"].weight)
+    shake(adapters, "student", 3)
+    assert not torch.equal(weights[f"{layer}.lora_A.weight"], network[layer].lora_A["student"].weight)
+    assert Roles(tiny_teacher(), {"student": Role(train="full")}).adapter("student") == {}

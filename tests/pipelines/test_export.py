@@ -7,10 +7,14 @@ import pytest
 import torch
 from tiny import tiny_pipeline, tiny_teacher
 
+from fastdiff.diffusion.solvers import lcm_times
 from fastdiff.errors import UserError
 from fastdiff.eval.cost import count_calls
 from fastdiff.eval.pipeline import pipeline_subject
+from fastdiff.models.condition import with_guidance
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.guidance_embedding import with_guidance_embedding
+from fastdiff.models.teacher import load_pipeline
 from fastdiff.pipelines.export import Schedule, export_pipeline, verify_export
 from fastdiff.pipelines.few_step import own_call
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
@@ -155,3 +159,38 @@ def test_a_few_step_folder_repeats_the_trainer_in_as_many_calls(times: list[int]
     assert verify_export(tmp_path, schedule, prompts, noise, teacher.decode(x)) < 1e-5
     if len(times) > 1:
         assert (teacher.decode(other) - teacher.decode(x)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_a_student_that_is_told_its_guidance_gets_it_from_its_folder(steps: int, tmp_path: Path) -> None:
+    """In verification, sampling and evaluation; a bare call runs at its class's own scale and is another picture."""
+    teacher = tiny_teacher()
+    network = with_guidance_embedding(teacher.family.backbone)
+    torch.nn.init.normal_(network.time_embedding.cond_proj.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    schedule = Schedule(lcm_times(steps), "consistency", original_steps=50, guidance_scale=11.3)
+    assert schedule.call == {"guidance_scale": 11.3} | ({"num_inference_steps": 3} if steps == 3 else {})
+    note = NOTE | {"call": schedule.call}
+    pipeline = export_pipeline(teacher, network, tmp_path, schedule, note=note, prompt="x")
+    assert own_call(pipeline) == schedule.call
+    assert "guidance_scale=11.3" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "unet" / "config.json").read_text())["time_cond_proj_dim"] == 256
+    prompts = ["a red boot on a white background"]
+    noise = torch.stack([torch.randn(teacher.latent_shape, generator=torch.Generator().manual_seed(0))])
+    student = Denoiser(teacher.family.network(network), teacher.process, teacher.prediction_type)
+
+    def expected(scale: float) -> torch.Tensor:
+        draws = torch.Generator().manual_seed(0)
+        torch.randn(teacher.latent_shape, generator=draws)
+        cond = with_guidance(teacher.encode(prompts), torch.tensor([scale], dtype=torch.float64))
+        with torch.no_grad():
+            return teacher.decode(trajectory(student, noise, cond, lcm_times(steps), "consistency", [draws])[-1].x0)
+
+    loaded = load_pipeline(tmp_path)
+    assert own_call(loaded) == schedule.call
+    subject = pipeline_subject("student", loaded)
+    assert (subject.steps, subject.guidance_scale) == (steps, 11.3)
+    images = subject.generate(prompts, [torch.Generator().manual_seed(0)])
+    assert (images - expected(11.3)).abs().max() < 1e-5
+    assert (images - expected(8.5)).abs().max() > 1e-3
+    other = pipeline_subject("student", loaded, guidance_scale=8.5).generate(prompts, [torch.Generator().manual_seed(0)])
+    assert (other - expected(8.5)).abs().max() < 1e-5

@@ -1,6 +1,7 @@
 """``Family``: what the rest of fastdiff needs to know about a kind of teacher. A new one is one file with one subclass."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -65,6 +66,14 @@ class Family(ABC):
             NotImplementedError: this family names none.
         """
         raise NotImplementedError(f"{type(self).__name__} names no layer that puts out the embedded time.")
+
+    def guidance_embedding(self) -> Callable[[nn.Module], nn.Module]:
+        """What makes of a backbone a network that is told its guidance scale (``condition.with_guidance``), the same until trained.
+
+        Raises:
+            NotImplementedError: this family has no such network.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no network that is told its guidance scale.")
 
     def networks(self) -> list[nn.Module]:
         """Every network that has a part in what the teacher makes of a prompt."""

@@ -1,8 +1,10 @@
 """Stable Diffusion 1.x / 2.x: a UNet2DConditionModel on KL latents, text by CLIP, VP process.
 
 Network call ``unet(x_t, t, encoder_hidden_states)``, integer t; latents are ``scaling_factor`` times the autoencoder's.
+A network with a guidance embedding gets that of its condition's scale as ``timestep_cond``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.process import DiscreteVP, NoiseProcess
 from fastdiff.diffusion.schedulers import process_from_scheduler
+from fastdiff.models.condition import split_guidance
 from fastdiff.models.denoiser import Network
 from fastdiff.models.discriminator import FeatureHead
 from fastdiff.models.families.base import Family
+from fastdiff.models.guidance_embedding import embed_guidance, guidance_width, with_guidance_embedding
 
 
 class StableDiffusion(Family):
@@ -41,10 +45,15 @@ class StableDiffusion(Family):
     def network(self, backbone: nn.Module) -> Network:
         def call(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
             dtype = next(backbone.parameters()).dtype
-            output: Tensor = backbone(x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype), return_dict=False)[0]
+            text, scale = split_guidance(cond)
+            told = {} if scale is None else {"timestep_cond": _embedded(backbone, scale).to(dtype)}
+            output: Tensor = backbone(x_t.to(dtype), t, encoder_hidden_states=text.to(dtype), return_dict=False, **told)[0]
             return output
 
         return call
+
+    def guidance_embedding(self) -> Callable[[nn.Module], nn.Module]:
+        return with_guidance_embedding
 
     def bottleneck(self, backbone: nn.Module) -> nn.Module:
         module: nn.Module = backbone.mid_block  # type: ignore[assignment]
@@ -76,3 +85,13 @@ class StableDiffusion(Family):
         vae = self.pipeline.vae
         images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _embedded(backbone: Any, scale: Tensor) -> Tensor:
+    width = guidance_width(backbone)
+    if width is None:
+        raise ValueError(
+            "the condition says a guidance scale, and the network has no embedding for it (time_cond_proj_dim): it would run "
+            "without. Make it by the family's guidance_embedding()."
+        )
+    return embed_guidance(scale, width)

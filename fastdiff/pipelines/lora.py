@@ -1,0 +1,58 @@
+"""A student's adapter as LoRA files of their own, beside the folder it was merged into.
+
+    pytorch_lora_weights.safetensors    diffusers:  pipeline.load_lora_weights(folder), on the teacher's pipeline
+    lora_kohya.safetensors              kohya-ss names, for other programs; load_lora_weights reads it too
+
+Both hold ``A`` [r, in] and ``B`` [out, r] of each layer, whose weight becomes ``W + (alpha / r) B A``. No alpha is stored in the
+first, which means alpha = r; the second stores alpha = r.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastdiff.errors import UserError
+from fastdiff.files import aside
+
+LORA = "pytorch_lora_weights.safetensors"
+KOHYA = "lora_kohya.safetensors"
+
+CARD = """
+The adapter alone, for the teacher's own pipeline or another fine-tuned one of its kind: `{lora}`, and `{kohya}` in kohya-ss names.
+
+```python
+from diffusers import LCMScheduler, StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained("the teacher")
+pipeline.load_lora_weights("path/to/this/folder", weight_name="{lora}")
+pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+pipeline("{prompt}", num_inference_steps={steps}, guidance_scale=1.0).images[0]
+```
+"""
+
+
+def export_lora(pipeline: Any, adapter: Mapping[str, Tensor], folder: Path) -> None:
+    """Write both files.
+
+    Args:
+        pipeline: the teacher's, which names the network that the layers are of.
+        adapter: ``Roles.adapter`` of a role whose alpha is its rank.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    named = {f"{pipeline.unet_name}.{key}": value.cpu().contiguous() for key, value in adapter.items()}
+    kohya = {key: value.contiguous() for key, value in convert_state_dict_to_kohya(named).items()}
+    try:
+        for name, tensors in ((LORA, named), (KOHYA, kohya)):
+            with aside(folder / name) as part:
+                save_file(tensors, part, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write the LoRA to {folder}: {error}. Free space or choose another --output; the checkpoint is kept."
+        ) from error

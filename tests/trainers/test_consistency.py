@@ -29,12 +29,14 @@ from fastdiff.trainers._consistency import (
     two_passes,
     with_boundary,
 )
+from fastdiff.trainers._plan import plan
+from fastdiff.trainers.config import Config
 from fastdiff.trainers.draws import Draws
-from fastdiff.trainers.method import Batch, Method
+from fastdiff.trainers.method import Batch, Calls, Method
 
 PAIRS: dict[str, Any] = {"pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
-    "cd": Consistency(guidance_scale=2.0, dropout=True, target_decay=0.5, steps=2, **PAIRS),
+    "cd": Consistency(guidance_scale=2.0, dropout=True, target_decay=0.5, **PAIRS),
     "ict": Consistency(kind="ict", curriculum=(4, 8), curriculum_steps=8, huber_c=0.1, **PAIRS),
     "ect": Consistency(kind="ect", curriculum_steps=8, stages=4, **PAIRS),
 }
@@ -256,12 +258,11 @@ def test_curricula_run_over_their_iterations_and_stay_at_the_end() -> None:
     assert [improved.times_at(step) for step in (0, 99, 100, 799, 9999)] == [11, 11, 21, 1281, 1281]
     trained = Consistency(kind="ct", curriculum_steps=1000)
     assert [trained.times_at(step) for step in (0, 1000, 5000)] == [2, 151, 151]
-    assert trained.decay_at(0) == pytest.approx(0.9)
-    assert trained.decay_at(1000) == pytest.approx(0.9 ** (2 / 151))
+    assert trained.decay_at(0) == pytest.approx(0.95)
+    assert trained.decay_at(1000) == pytest.approx(0.95 ** (2 / 151))
     distilled = Consistency()
     assert {distilled.times_at(step) for step in steps} == {18}
-    assert distilled.decay_at(0) == pytest.approx(0.9 ** (2 / 18))
-    assert Consistency(target_decay=0.0).decay_at(7) == 0.0
+    assert [Consistency(target_decay=decay).decay_at(7) for decay in (0.0, 0.7)] == [0.0, 0.7]
 
 
 def test_the_target_follows_by_the_decay_of_its_step(tmp_path: Path) -> None:
@@ -359,6 +360,16 @@ def test_a_student_with_dropout_is_exported_and_looked_at_without(tmp_path: Path
         assert not run._roles.merged("student").training
 
 
+@pytest.mark.parametrize("kind", ["cd", "ct", "ict", "ect"])
+def test_a_plan_counts_all_of_it_without_values(kind: Any, tmp_path: Path) -> None:
+    method = Consistency(kind=kind, **PAIRS)
+    found = plan(method, Teacher.planned("fashion"), Config(output_dir=tmp_path, batch_size=2, max_steps=3), prompts=["a red boot"])
+    assert found.unknown == []
+    assert found.refusals == []
+    assert (found.updates["student"].activations or 0) > 10**6
+    assert found.samples["student"] == Calls(6 if method.averages else 12, 6)
+
+
 # --- guidance, and what is refused
 
 
@@ -385,7 +396,7 @@ def test_only_cd_asks_the_teacher(tmp_path: Path) -> None:
         ({"grid_size": 1}, "grid_size"),
         ({"kind": "ict", "curriculum": (9, 3)}, "s0 <= s1"),
         ({"target_decay": 1.0}, "stay the teacher"),
-        ({"mu0": 0.0}, "mu0"),
+        ({"kind": "ct", "target_decay": 0.0}, "above 0 in ct"),
         ({"easy_map": (1.0, 8.0, 1.0)}, "q > 1"),
         ({"huber_c": -1.0}, "c >= 0"),
         ({"stages": 0}, "stages"),

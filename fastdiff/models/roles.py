@@ -230,6 +230,18 @@ class Roles:
             )
         return Denoiser(self.network(name), self.teacher.process, self.teacher.prediction_type)
 
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, no role's dropout is at work: for samples that are looked at."""
+        at_work = [part for module in self.modules.values() for part in module.modules() if part.training]
+        for part in at_work:
+            part.training = False
+        try:
+            yield
+        finally:
+            for part in at_work:
+                part.training = True
+
     def backbone(self, name: str) -> nn.Module:
         """The network that computes a role; for a LoRA role the shared backbone."""
         return self.modules.get(name, self.teacher.family.backbone)
@@ -256,9 +268,9 @@ class Roles:
         return {key.replace(f".{name}.", "."): value.detach().clone() for key, value in self._parameters[name].items()}
 
     def merged(self, name: str) -> nn.Module:
-        """A stock network with the role's weights; a LoRA role is merged into a copy of the backbone."""
+        """A stock network with the role's weights, its dropout off; a LoRA role is merged into a copy of the backbone."""
         if self.specs[name].train != "lora":
-            return copy.deepcopy(self.modules[name])
+            return copy.deepcopy(self.modules[name]).eval()
         network = copy.deepcopy(self.teacher.family.backbone)
         Adapters(network).take_off(merge=name)
         return network

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdiff.trainers.consistency import Consistency
     from fastdiff.trainers.diff_instruct import DiffInstruct
     from fastdiff.trainers.dmd import DMD
     from fastdiff.trainers.dmd2 import DMD2
@@ -27,6 +28,7 @@ __all__ = [
     "PCM",
     "SNOOPI",
     "TDM",
+    "Consistency",
     "DiffInstruct",
     "FDistill",
     "LCMLoRA",
@@ -39,6 +41,7 @@ __all__ = [
     "TeacherScoreMatching",
 ]
 _HOMES = {
+    "Consistency": "consistency",
     "DMD": "dmd",
     "DMD2": "dmd2",
     "DiffInstruct": "diff_instruct",

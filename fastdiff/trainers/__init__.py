@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.f_distill import FDistill
     from fastdiff.trainers.ode_pairs import ODEPairs
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
+    from fastdiff.trainers.scm import SCM
     from fastdiff.trainers.sid import SiD
     from fastdiff.trainers.snoopi import SNOOPI
     from fastdiff.trainers.swiftbrush import SwiftBrush
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DMD",
     "DMD2",
+    "SCM",
     "SNOOPI",
     "TDM",
     "DiffInstruct",
@@ -37,6 +39,7 @@ _HOMES = {
     "FDistill": "f_distill",
     "ODEPairs": "ode_pairs",
     "ProlificDreamer": "prolific_dreamer",
+    "SCM": "scm",
     "SNOOPI": "snoopi",
     "SiD": "sid",
     "SwiftBrush": "swiftbrush",

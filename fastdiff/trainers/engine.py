@@ -133,6 +133,7 @@ class Trainer:
                 rank=self.accelerator.process_index,
                 world_size=self.accelerator.num_processes,
                 progress=self._log.progress,
+                say=self._log.say,
             )
         )
         self._seconds += time.perf_counter() - clock

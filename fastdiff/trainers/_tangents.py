@@ -84,6 +84,9 @@ class Estimator:
         Raises:
             ValueError: a single call under gradient checkpointing, which could not be recomputed.
         """
+        if primals[0].is_meta:  # a plan: no derivative is kept until the backward pass
+            output = network(*primals)
+            return output, output.detach(), torch.empty_like(output)
         state = random_state(primals)
         if self.single_call:
             output, tangent = jvp_forward(network, primals, tangents, graph=True)

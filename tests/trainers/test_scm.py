@@ -23,16 +23,16 @@ from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.teacher import Teacher
 from fastdiff.proof import laws
 from fastdiff.trainers import SCM
+from fastdiff.trainers._plan import plan
 from fastdiff.trainers._tangents import Estimator, angles, trigflow_network
+from fastdiff.trainers.config import Config
 from fastdiff.trainers.draws import Draws
 from fastdiff.trainers.method import Batch, Calls, Method
 
 _FEW = {"pairs": 8, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
-    "scd": SCM(**_FEW, guidance_scale=2.0, tangent_warmup=0, max_time_share=0.25, steps=2),
-    "sct-single-call": SCM(
-        **_FEW, kind="sct", jvp="forward", single_call=True, normalisation="rms", extra_weight="inv_sigma", dropout=True
-    ),
+    "scd": SCM(**_FEW, guidance_scale=2.0, tangent_warmup=0, max_time_share=0.25),
+    "sct": SCM(**_FEW, kind="sct", jvp="central", normalisation="rms", extra_weight="inv_sigma", dropout=True, steps=2),
 }
 SD = 0.8
 PLAIN = {"pairs": 64, "pair_steps": 8, "pair_guidance_scale": 1.0, "guidance_scale": 1.0, "sigma_data": SD, "tangent_warmup": 0}
@@ -410,7 +410,7 @@ def test_a_diffusers_unet_takes_the_times_between_two_rows() -> None:
 
 def drawn(method: SCM, process: NoiseProcess, n: int = 20_000) -> Tensor:
     teacher = Teacher.from_module(nn.Linear(1, 1), process, "v_prediction", shape=(1,))
-    method._estimator = Estimator("forward")
+    method._begin(Estimator("forward"), teacher)
     return method.drawn_times(Batch(Draws(0, 0, 0, size=n, part=slice(n)), None, teacher))  # type: ignore[arg-type]
 
 
@@ -461,6 +461,17 @@ def test_no_difference_leaves_the_range_of_the_process(name: Any) -> None:
 def test_settings_without_a_meaning_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(fields))):
         SCM(**fields)
+
+
+def test_a_plan_runs_the_loss_without_a_derivative(tmp_path: Path) -> None:
+    """On the meta device nothing can be measured; the graph that the loss keeps is the ordinary forward's."""
+    kept = {}
+    for kind in ("scd", "sct"):
+        config = Config(output_dir=tmp_path, batch_size=4)
+        found = plan(SCM(**_FEW, kind=kind), Teacher.planned("fashion"), config, prompts=["a red boot"])
+        assert not found.unknown
+        kept[kind] = found.updates["student"].activations
+    assert kept["scd"] == kept["sct"] > 10**6
 
 
 def test_the_student_equals_the_teacher_that_made_its_velocity_or_its_data() -> None:

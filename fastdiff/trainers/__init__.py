@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.pcm import PCM
     from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
+    from fastdiff.trainers.scm import SCM
     from fastdiff.trainers.sid import SiD
     from fastdiff.trainers.snoopi import SNOOPI
     from fastdiff.trainers.swiftbrush import SwiftBrush
@@ -26,6 +27,7 @@ __all__ = [
     "DMD2",
     "LCM",
     "PCM",
+    "SCM",
     "SNOOPI",
     "TDM",
     "Consistency",
@@ -52,6 +54,7 @@ _HOMES = {
     "PCM": "pcm",
     "ProgressiveDistillation": "progressive",
     "ProlificDreamer": "prolific_dreamer",
+    "SCM": "scm",
     "SNOOPI": "snoopi",
     "SiD": "sid",
     "SwiftBrush": "swiftbrush",

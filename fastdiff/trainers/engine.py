@@ -132,6 +132,7 @@ class Trainer:
                 world_size=self.accelerator.num_processes,
                 max_steps=self.config.max_steps,
                 progress=self._log.progress,
+                say=self._log.say,
             )
         )
         self._seconds += time.perf_counter() - clock

@@ -7,7 +7,7 @@
 **Boundary.** The papers write f = c_skip x + c_out F, which is x at t_min whatever F is. Here f is the network's x0 in the
 teacher's own parametrisation and the boundary is put in by case, to the bit, where a target falls on the lowest time: what is
 exported is the stock pipeline, which knows x0 and no c_skip. No sampler calls the student at t_min, so nothing else would differ
-there; above it, x0 of an eps, v or flow network is itself x / a plus a multiple of s, near the papers' form.
+there; as s falls, x0 of an eps, v or flow network is x but for a multiple of s, as in the papers' form.
 
 **Passes.** Student and target see the same noise and, with dropout, the same masks: other masks are noise in the target that no
 error reports (Consistency Models, ICML 2023, arXiv 2303.01469).

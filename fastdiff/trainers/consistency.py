@@ -119,8 +119,8 @@ class Consistency(ConsistencyMethod):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(known)}.")
         first, last = self.intervals
-        if self.grid_size < 2 or not 1 <= first <= last:
-            raise UserError(f"grid_size is {self.grid_size}, curriculum {(first, last)}: expected N >= 2 times and 1 <= s0 <= s1.")
+        if self.grid_size < 2 or not 2 <= first <= last:
+            raise UserError(f"grid_size is {self.grid_size}, curriculum {(first, last)}: expected N >= 2 times and 2 <= s0 <= s1.")
         for name in ("curriculum_steps", "stages"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
@@ -139,7 +139,7 @@ class Consistency(ConsistencyMethod):
     @property
     def intervals(self) -> tuple[int, int]:
         """s0 and s1."""
-        return self.curriculum or _CURRICULA.get(self.kind, (1, 1))
+        return self.curriculum or _CURRICULA.get(self.kind, (2, 2))
 
     @property
     def averages(self) -> bool:

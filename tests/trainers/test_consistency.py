@@ -395,6 +395,7 @@ def test_only_cd_asks_the_teacher(tmp_path: Path) -> None:
         ({"norm": "lpips"}, "norm"),
         ({"grid_size": 1}, "grid_size"),
         ({"kind": "ict", "curriculum": (9, 3)}, "s0 <= s1"),
+        ({"kind": "ct", "curriculum": (1, 3)}, "2 <= s0"),  # N = 1 has no interval
         ({"target_decay": 1.0}, "stay the teacher"),
         ({"kind": "ct", "target_decay": 0.0}, "above 0 in ct"),
         ({"easy_map": (1.0, 8.0, 1.0)}, "q > 1"),

@@ -54,7 +54,7 @@ class ProgressiveDistillation(StoredPairs):
             max_steps=1400,
             law="ring",
         ),
-        "gaussian": Trial(fields={**_TRIAL, "steps": 1, "round_steps": 700}, bounds={"w2": 0.5, "flow_map": 0.3}, max_steps=2800),
+        "gaussian": Trial(fields={**_TRIAL, "steps": 1, "round_steps": 700}, bounds={"w2": 0.68, "flow_map": 0.17}, max_steps=2800),
     }
 
     guidance_scale: float = 3.0

@@ -31,7 +31,7 @@ def curve(method: type[Method], *, seed: int) -> Curve:
         with tempfile.TemporaryDirectory() as folder:
             config = Config(
                 output_dir=Path(folder),
-                max_steps=STEPS,
+                max_steps=trial.max_steps,
                 batch_size=256,
                 seed=seed,
                 validate_every=0,

@@ -4,6 +4,7 @@ A YAML file names the candidates; each value holds `method` and any fields of th
 
     pairs-3000: {method: ode-pairs, pairs: 3000, max_steps: 900}
 
+``teacher: fashion`` in the place of a method measures a teacher itself, at ``steps`` and ``guidance_scale``, whatever the seed.
 ``begin: NAME`` begins the student from that of an earlier candidate of the same seed; its seconds are not counted again.
 Candidates of the same seed share their ODE pairs, if they ask for the same ones: only the first one's seconds hold their making.
 
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 import fastdiff.trainers
 from fastdiff import Teacher, Trainer
 from fastdiff.eval.diversity import prompt_diversity
+from fastdiff.eval.evaluate import Result
 from fastdiff.eval.fashion import fashion_rows
 from fastdiff.models.roles import Start
 from fastdiff.trainers.config import Config
@@ -70,6 +72,16 @@ def train(settings: dict, seed: int, folder: Path) -> tuple[object, dict]:
     return trainer.train(), trainer.result
 
 
+def measured(name: str, settings: dict, seed: int, folder: Path, n: int) -> tuple[Result, dict]:
+    """What is evaluated of a candidate, and what the run says of itself."""
+    if "teacher" in settings:
+        given = {"teacher_steps": (settings["steps"],), "guidance_scale": settings["guidance_scale"]}
+        rows = fashion_rows({}, Teacher.from_pretrained(settings["teacher"]).pipeline, n=n, **given)
+        return rows[0], {"seed": seed, "steps": 0, "seconds_train": 0.0}
+    pipeline, result = train(settings, seed, folder)
+    return fashion_rows({name: pipeline}, None, n=n)[0], result
+
+
 def diversity(result: Any) -> float:
     """Mean feature distance of images of the same prompt, over the prompts that were drawn twice or more."""
     rows = [i for i, prompt in enumerate(result.prompts) if result.prompts.count(prompt) > 1]
@@ -91,8 +103,9 @@ def main(
             writer.writeheader()
         for name, settings in yaml.safe_load(candidates.read_text()).items():
             for seed in seeds if not only or name in only else ():
-                pipeline, result = train(settings, seed, runs / f"{name}-{seed}")
-                evaluated = fashion_rows({name: pipeline}, None, n=n)[0]
+                if "teacher" in settings and seed != seeds[0]:
+                    continue
+                evaluated, result = measured(name, settings, seed, runs / f"{name}-{seed}", n)
                 row = {**evaluated.row(), "diversity": diversity(evaluated)}
                 row |= {"candidate": name, "settings": settings, **{k: result[k] for k in ("seed", "steps", "seconds_train")}}
                 writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})

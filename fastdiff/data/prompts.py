@@ -71,7 +71,7 @@ class PromptTable:
 
     def rows(self, index: Tensor) -> Tensor:
         """The prompts that indices below ``drawable`` stand for."""
-        return index if self.part is None else self.part[index.to(self.part.device)]
+        return index if self.part is None else self.part[index.to(self.part.device)].to(index.device)
 
     @property
     def nbytes(self) -> int:

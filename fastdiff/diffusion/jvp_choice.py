@@ -53,6 +53,7 @@ class JVPChoice:
         refused: what could not be used, and why.
         reference: what the errors are relative to.
         step: relative step of the one-sided difference.
+        central_step: that of the central one.
     """
 
     name: str
@@ -61,6 +62,7 @@ class JVPChoice:
     refused: dict[str, str]
     reference: str
     step: float
+    central_step: float
 
     def estimate(
         self, function: Function, primals: Tensors, tangents: Tensors, output: Tensor, *, rng: Mapping[str, Tensor] | None = None
@@ -170,9 +172,12 @@ def _choose(own: _Measured, exact: _Measured | None, refused: dict[str, str], to
     name, reason = _decide(errors, refused, tolerance, by_distance=exact is None)
     if errors[name] > USELESS:
         raise ValueError(f"no estimator comes within {USELESS:.0%} of the derivative: {errors}, {refused}. Use weights in float32.")
-    step = min(zip(own.one_sided, STEPS, strict=True), key=lambda pair: _relative(pair[0], reference))[1]
+    step, central_step = (
+        min(zip(values, STEPS, strict=True), key=lambda pair: _relative(pair[0], reference))[1]
+        for values in (own.one_sided, own.central)
+    )
     source = f"the {'central difference' if exactly is None else 'forward derivative'}{kind}"
-    return JVPChoice(name, reason, errors, refused, source, step)
+    return JVPChoice(name, reason, errors, refused, source, step, central_step)
 
 
 def _decide(errors: dict[str, float], refused: dict[str, str], tolerance: float, *, by_distance: bool) -> tuple[str, str]:

@@ -75,10 +75,13 @@ def heun_step(denoise: Denoise, prediction: Prediction, u: Tensor | None) -> Ten
     """
     x = ddim_step(prediction, u)
     process, t = prediction.process, prediction.t
-    if u is None or not (process.sigma(u) > 0).any():
+    if u is None:
+        return x
+    noisy = process.sigma(u) > 0
+    if not (noisy.is_meta or noisy.any()):
         return x
     gain = process.alpha(u) * (process.nsr(t) / process.nsr(u) - 1) / 2
-    defined = (process.sigma(u) > 0) & (process.alpha(t) > 1e-8 * process.sigma(t))
+    defined = noisy & (process.alpha(t) > 1e-8 * process.sigma(t))
     return x + expand(torch.where(defined, gain, 0), x) * (denoise(x, u).x0 - prediction.x0)
 
 

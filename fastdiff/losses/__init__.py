@@ -13,8 +13,6 @@ from fastdiff.losses.adversarial import (
 from fastdiff.losses.consistency import (
     consistency,
     consistency_boundary,
-    consistency_decay,
-    consistency_levels,
     easy_consistency_time,
     improved_consistency,
     latent_consistency,
@@ -90,8 +88,6 @@ __all__ = [
     "concept_hinge",
     "consistency",
     "consistency_boundary",
-    "consistency_decay",
-    "consistency_levels",
     "convert_weight",
     "denoising",
     "denoising_margin",

@@ -12,8 +12,6 @@ CM (ICML 2023, arXiv 2303.01469), iCT (ICLR 2024, arXiv 2310.14189; recalled, no
 2406.14548), LCM (2023, arXiv 2310.04378).
 """
 
-import math
-
 from torch import Tensor
 
 from fastdiff.losses.precision import widened
@@ -66,7 +64,7 @@ def improved_consistency(prediction: Tensor, target: Tensor, t: Tensor, r: Tenso
     Raises:
         ValueError: some t is not above r; its weight would be infinite, or would push prediction and target apart.
     """
-    if bool((t <= r).any()):
+    if not t.is_meta and bool((t <= r).any()):
         raise ValueError("some t is not above its r: 1 / (t - r) would be infinite or negative. Pass the noisier time first.")
     n = prediction[0].numel()
     distance = pseudo_huber_norm(prediction, target.detach(), c=huber_constant(n) if c is None else c)
@@ -76,16 +74,6 @@ def improved_consistency(prediction: Tensor, target: Tensor, t: Tensor, r: Tenso
 def latent_consistency(prediction: Tensor, target: Tensor, *, c: float = 1e-3) -> Tensor:
     """LCM: ``sqrt((f - sg f-)^2 + c^2) - c``, elementwise [B, ...]."""
     return pseudo_huber(prediction, target.detach(), c=c)
-
-
-def consistency_levels(step: int, total: int, *, s0: int = 2, s1: int = 150) -> int:
-    """CT's N(k) = ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1: from s0 noise levels at step 0 to s1 + 1 at the last."""
-    return math.ceil(math.sqrt(step / total * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
-
-
-def consistency_decay(levels: int, *, s0: int = 2, mu0: float = 0.9) -> float:
-    """CT's mu(k) = exp(s0 log mu0 / N(k)): mu0 at N = s0, the nearer to 1 the finer the grid."""
-    return math.exp(s0 * math.log(mu0) / levels)
 
 
 def easy_consistency_time(t: Tensor, stage: int, *, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.guidance import Scale, guide
 from fastdiff.diffusion.prediction import Prediction, input_scale, x0_from_output
-from fastdiff.diffusion.process import NoiseProcess, expand
+from fastdiff.diffusion.process import DiscreteVP, NoiseProcess, expand
 from fastdiff.models.condition import concat
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
@@ -31,6 +31,12 @@ class Denoiser:
         if output.shape != x_t.shape:  # [B, 1] would be spread over x_t without a word
             raise ValueError(f"the network gave {tuple(output.shape)} for x_t {tuple(x_t.shape)}: expected the same shape.")
         return Prediction(x_t, t, x0_from_output(output, x_t, t, self.process, self.prediction_type), self.process)
+
+    def continuous(self) -> "Denoiser":
+        """The same network at real times between the rows of a discrete process; itself under any other."""
+        if not isinstance(self.process, DiscreteVP):
+            return self
+        return Denoiser(self.network, self.process.continuous(), self.prediction_type)
 
     def guided(
         self,

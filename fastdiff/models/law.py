@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.diffusion.process import DiscreteVP, NoiseProcess
 from fastdiff.models.denoiser import Denoiser
 
 
@@ -17,6 +17,9 @@ class Law(Protocol):
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Prediction: ...
 
+    def under(self, process: NoiseProcess) -> "Law":
+        """The same law seen through another noise process."""
+
 
 class LawDenoiser(Denoiser):
     """A law as a ``Denoiser``; ``count`` is told the number of samples of every call, ``watch`` is shown its x0."""
@@ -26,6 +29,11 @@ class LawDenoiser(Denoiser):
     ) -> None:
         self.law, self.count, self.watch = law, count, watch
         super().__init__(self._as_network, law.process, "sample")
+
+    def continuous(self) -> "LawDenoiser":
+        if not isinstance(self.process, DiscreteVP):
+            return self
+        return LawDenoiser(self.law.under(self.process.continuous()), count=self.count, watch=self.watch)
 
     def _as_network(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
         raise TypeError("a law is asked at times of its process, not at a network's; call the denoiser itself.")

@@ -200,16 +200,19 @@ class Roles:
                     return call(x_t, t, cond)
             return call(x_t, t, cond)
 
-        return lambda x_t, t, cond: self._watched(name, run(x_t, t, cond))
+        return lambda x_t, t, cond: self.watched(name, run(x_t, t, cond))
 
     def generate(self, name: str, *inputs: Any) -> Tensor:
         """A ``module`` role called with inputs of its own; the ledger counts the samples that it puts out."""
         output: Tensor = self.modules[name](*inputs)
         self.ledger[name] += len(output)
-        return self._watched(name, output)
+        return self.watched(name, output)
 
-    def _watched(self, name: str, output: Tensor) -> Tensor:
-        """Counts the gradient that comes back through ``output``."""
+    def watched(self, name: str, output: Tensor) -> Tensor:
+        """``output``; the gradient that comes back through it is counted as one of the role's backward passes.
+
+        ``network`` does this itself, but for outputs under ``torch.func.jvp``, which leave their hooks behind.
+        """
         if output.requires_grad:
             n = len(output)  # a hook that held the output would keep it, and its graph, for good
             output.register_hook(lambda _: self.backwards.update({name: n}))
@@ -218,7 +221,7 @@ class Roles:
     def features(self, name: str, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
         """What a role's bottleneck makes of x_t, for a discriminator's head; the layers after it do not run."""
         tapped = self.teacher.family.bottleneck(self.backbone(name))
-        return self._watched(name, features_at(tapped, lambda: self.denoiser(name)(x_t, t, cond)))
+        return self.watched(name, features_at(tapped, lambda: self.denoiser(name)(x_t, t, cond)))
 
     def denoiser(self, name: str) -> Denoiser:
         """The role as a denoiser under the teacher's process and prediction type."""
@@ -226,9 +229,21 @@ class Roles:
             return LawDenoiser(
                 self.teacher.law,
                 count=lambda n: self.ledger.update({"teacher": n}),
-                watch=lambda x0: self._watched("teacher", x0),
+                watch=lambda x0: self.watched("teacher", x0),
             )
         return Denoiser(self.network(name), self.teacher.process, self.teacher.prediction_type)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, no role's dropout is at work: for samples that are looked at."""
+        at_work = [part for module in self.modules.values() for part in module.modules() if part.training]
+        for part in at_work:
+            part.training = False
+        try:
+            yield
+        finally:
+            for part in at_work:
+                part.training = True
 
     def backbone(self, name: str) -> nn.Module:
         """The network that computes a role; for a LoRA role the shared backbone."""
@@ -256,9 +271,9 @@ class Roles:
         return {key.replace(f".{name}.", "."): value.detach().clone() for key, value in self._parameters[name].items()}
 
     def merged(self, name: str) -> nn.Module:
-        """A stock network with the role's weights; a LoRA role is merged into a copy of the backbone."""
+        """A stock network with the role's weights, its dropout off; a LoRA role is merged into a copy of the backbone."""
         if self.specs[name].train != "lora":
-            return copy.deepcopy(self.modules[name])
+            return copy.deepcopy(self.modules[name]).eval()
         network = copy.deepcopy(self.teacher.family.backbone)
         Adapters(network).take_off(merge=name)
         return network

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdiff.errors import UserError
 from fastdiff.files import aside
+from fastdiff.pipelines.export import NEGATIVE
 
 _NETWORK = Path("unet") / "diffusion_pytorch_model.safetensors"
 _MODULE = Path("student.safetensors")
@@ -88,5 +89,6 @@ def _copy(folder: Path, target: Path) -> None:
     for name in [*parts, "scheduler_lcm"]:
         if (folder / name).is_dir():
             shutil.copytree(folder / name, target / name)
-    for name in ("model_index.json", "README.md"):
-        shutil.copy2(folder / name, target / name)
+    for name in ("model_index.json", "README.md", NEGATIVE):
+        if (folder / name).is_file():
+            shutil.copy2(folder / name, target / name)

@@ -45,8 +45,9 @@ def nasa(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
 def nag(positive: Tensor, negative: Tensor, scale: float, *, tau: float = 2.5, alpha: float = 0.25) -> Tensor:
     """Z+ + a (Zt - Z+) of attention outputs [..., C]; its norm is at most (tau a + 1 - a) ||Z+|| for every ``scale`` >= 1."""
     further = positive + (scale - 1) * (positive - negative)
-    allowed = tau * torch.linalg.vector_norm(positive, dim=-1, keepdim=True, dtype=torch.float32)
-    norm = torch.linalg.vector_norm(further, dim=-1, keepdim=True, dtype=torch.float32)
+    wide = torch.promote_types(positive.dtype, torch.float32)
+    allowed = tau * torch.linalg.vector_norm(positive, dim=-1, keepdim=True, dtype=wide)
+    norm = torch.linalg.vector_norm(further, dim=-1, keepdim=True, dtype=wide)
     cut = torch.where(norm > allowed, allowed / norm, 1).to(positive.dtype)
     return positive + alpha * (further * cut - positive)
 

@@ -7,6 +7,8 @@
     views      5 objects from 8 azimuths as 3x16x16 images, the azimuth as the class   a prior for scenes; no certificate
 
     ring-flow, ring-edm    the ring under rectified flow and under EDM
+    ring-smooth, gaussian-smooth, ring-flow-smooth    with a starting network of slow time sines, for methods that differentiate
+                                                      it in time: its derivative is fitted only as well as those are slow
 
 All others run under Stable Diffusion's noise schedule. The students' starting network, as a pretrained teacher's weights would be,
 is fitted to the law's own prediction for a few seconds; the teacher that methods ask is the law itself.
@@ -97,6 +99,17 @@ LAWS: dict[str, KnownLaw] = {
         512,
         process=lambda: EDM(sigma_data=1.4222),
         prediction_type="edm",
+    ),
+    "ring-smooth": KnownLaw(GaussianMixture.ring, lambda: TimeMLP(2, octaves=4), 8000, 1500, 512, _HIDDEN),
+    "gaussian-smooth": KnownLaw(Gaussian.anisotropic, lambda: TimeMLP(16, octaves=4), 8000, 1500, 512, _HIDDEN),
+    "ring-flow-smooth": KnownLaw(
+        GaussianMixture.ring,
+        lambda: TimeMLP(2, time_scale=1000.0, octaves=4),
+        8000,
+        1500,
+        512,
+        process=RectifiedFlow,
+        prediction_type="flow_prediction",
     ),
 }
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdiff.trainers.consistency import Consistency
     from fastdiff.trainers.diff_instruct import DiffInstruct
     from fastdiff.trainers.dmd import DMD
     from fastdiff.trainers.dmd2 import DMD2
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.pcm import PCM
     from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
+    from fastdiff.trainers.scm import SCM
     from fastdiff.trainers.sid import SiD
     from fastdiff.trainers.snoopi import SNOOPI
     from fastdiff.trainers.swiftbrush import SwiftBrush
@@ -25,8 +27,10 @@ __all__ = [
     "DMD2",
     "LCM",
     "PCM",
+    "SCM",
     "SNOOPI",
     "TDM",
+    "Consistency",
     "DiffInstruct",
     "FDistill",
     "LCMLoRA",
@@ -39,6 +43,7 @@ __all__ = [
     "TeacherScoreMatching",
 ]
 _HOMES = {
+    "Consistency": "consistency",
     "DMD": "dmd",
     "DMD2": "dmd2",
     "DiffInstruct": "diff_instruct",
@@ -49,6 +54,7 @@ _HOMES = {
     "PCM": "pcm",
     "ProgressiveDistillation": "progressive",
     "ProlificDreamer": "prolific_dreamer",
+    "SCM": "scm",
     "SNOOPI": "snoopi",
     "SiD": "sid",
     "SwiftBrush": "swiftbrush",

@@ -1,6 +1,6 @@
 """What goes wrong in score distillation without a bad loss: each a number, its limit, and one line of advice.
 
-    fake_score_lag      mean |x0_fake - x|^2 over mean |x0_real - x|^2 at noised student samples x   above 1.2
+    fake_score_lag      mean w |x0_fake - x|^2 over mean w |x0_real - x|^2, w = min(SNR, 1), at noised samples x   above 1.2
     deviation           spread of the samples over the teacher's, about their mean                   below 0.4
     channel_drift       largest shift of a channel's mean, in the teacher's deviations               above 1.5
     saturation          share of decoded values at 0 or 1, above the teacher's share                 above 0.3

@@ -30,7 +30,7 @@ class RewardedMethod(VariationalMethod):
     clip_threshold: float = 0.35
     """tau: a cosine from which on an image is left alone."""
     clip_decay_steps: int = 1000
-    """Iterations in which the weight falls to 0, linearly."""
+    """Iterations in which the weight falls to 0, linearly, from the first update of the student's by its scores."""
     clip: Any = "fashion"
     """The CLIP: a bundled name, a folder or ``architecture/weights`` of open_clip; or, in Python, any ``(images [B, 3, H, W]
     in [0, 1], texts) -> cosines [B]`` that is differentiable in the images. Its text is part of what a resumed run must share: give
@@ -71,7 +71,8 @@ class RewardedMethod(VariationalMethod):
 
     def clip_weight_at(self, step: int) -> float:
         """w in iteration ``step``."""
-        return self.clip_weight * max(0.0, 1 - (step - self.warm_start_steps) / self.clip_decay_steps)
+        first = self.warm_start_steps + self.fake_score_warmup
+        return self.clip_weight * max(0.0, 1 - (step - first) / self.clip_decay_steps)
 
     def added(self, x: Tensor, batch: Batch) -> dict[str, Tensor]:
         weight = self.clip_weight_at(batch.draws.key[2])

@@ -44,10 +44,10 @@ def generated(batch: Batch, roles: Roles) -> Tensor:
 
 
 def score_matching(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
-    """Denoising score matching in the parametrisation that the process's teachers are trained in, elementwise [B, ...].
+    """Denoising score matching with the weight that is usual under the process, elementwise [B, ...].
 
-    Variance preserving: the error of eps (DMD2, SwiftBrush). EDM: that of x0 with EDM's weight (DMD2 on ImageNet). Rectified flow
-    and TrigFlow: that of the velocity ``a' x0 + s' eps``.
+    Variance preserving: the error of eps (DMD2, SwiftBrush), for teachers that predict v too. EDM: that of x0 with EDM's weight
+    (DMD2 on ImageNet). Rectified flow and TrigFlow: that of the velocity ``a' x0 + s' eps``.
     """
     process, t = prediction.process, prediction.t
     if isinstance(process, DiscreteVP | ContinuousVP):

@@ -55,7 +55,8 @@ class DMD(FakeScored, PairedMethod):
     }
 
     guidance_scale: float = 3.0
-    """Guidance of the teacher in G; 1 is off. The fake score is never guided. Give the pairs (``pair_guidance_scale``) the same."""
+    """Guidance of the teacher in G; 1 is off; the default is this library's. The fake score is never guided. Give the pairs
+    (``pair_guidance_scale``) the same."""
     lr: float = 1e-5
     """Student learning rate."""
     fake_score_lr: float = 1e-5

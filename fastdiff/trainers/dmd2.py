@@ -5,14 +5,15 @@
     student (1 of `ratio` iterations):  mean 0.5 ( x - sg[x - G] )^2 + w_G softplus(-h(x_t'))
     fake score (every iteration):       mean ( eps_fake(x_t) - eps )^2 on sg[x],  t ~ U{0..999}
                                         + w_D [ softplus(h(x_t')) + softplus(-h(real_t')) ]
-                                        + w_R1 ( h(real_t') - h(real_t' + 0.1 n) )^2
+                                        + w_R1 ( h(real_t') - h(real_t' + 0.1 n) )^2      n in units of the network's input
 
 Only the teacher is guided. h reads the fake score's bottleneck at a fresh t' ~ U{0..999}; the discriminator's gradient flows
 into the fake score too. The real samples of the GAN term are the teacher's stored results, so that the method stays free of
 data: the paper uses real images. Both networks start from the teacher. Students of a few steps learn on their own inputs
 (backward simulation) from a pool of rollouts, see ``rollout``; the paper draws one level for the whole batch, here each sample has
-its own. Yin et al., NeurIPS 2024, arXiv 2405.14867; the penalty w_R1 is FastGen's, ``pull`` is SenseFlow's IDA (ICLR 2026, arXiv
-number not on the sheet), known from its abstract: its coefficients are not.
+its own. Not here: the paper's one-step SDXL student at level 399, and a LoRA student. Yin et al., NeurIPS 2024, arXiv 2405.14867;
+the penalty w_R1 is FastGen's, ``pull`` is SenseFlow's IDA (ICLR 2026, arXiv number not on the sheet), known from its abstract: its
+coefficients are not.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdiff.diffusion.process import LEVELS
+from fastdiff.diffusion.prediction import input_scale
+from fastdiff.diffusion.process import LEVELS, expand
 from fastdiff.diffusion.solvers import trailing_times
 from fastdiff.errors import UserError
 from fastdiff.losses import (
@@ -188,6 +190,13 @@ class DMD2(FakeScored, PairedMethod):
             return {}
         return self._student_loss(batch, roles) if update == "student" else self._fake_score_loss(batch, roles)
 
+    def begin(self, step: int, roles: Roles) -> None:
+        shapes = [[p.shape for p in roles.parameters(name)] for name in ("student", "fake_score")]
+        if self.pull > 0 and shapes[0] != shapes[1]:
+            raise UserError(
+                f"pull is {self.pull}, and the student's network is not the fake score's: there is no way between them."
+            )
+
     def after(self, update: str, roles: Roles) -> None:
         if update == "student" and self.pull > 0:
             with torch.no_grad():
@@ -257,13 +266,15 @@ class DMD2(FakeScored, PairedMethod):
     def _logits(self, x: Tensor, draw: str, cond: Any, batch: Batch, roles: Roles, *, perturb: bool = False) -> tuple[Tensor, ...]:
         """h on the fake score's bottleneck features of x, noised to a fresh time; the decoder half does not run.
 
-        With ``perturb`` also of the same noised x with a further 0.1 of noise on it, both in full precision: bf16 would round
-        their difference away.
+        With ``perturb`` also of the same noised x with a further 0.1 of noise on it, in the units of the network's input, both in
+        full precision: bf16 would round their difference away.
         """
-        t, eps = self.times(f"{draw}_t", batch), batch.noise(f"{draw}_eps")
-        inputs = [roles.teacher.process.add_noise(x, eps, t)]
+        t, eps, teacher = self.times(f"{draw}_t", batch), batch.noise(f"{draw}_eps"), roles.teacher
+        inputs = [teacher.process.add_noise(x, eps, t)]
         if perturb:
-            inputs.append(inputs[0] + 0.1 * batch.noise(f"{draw}_nudge"))
+            scale = input_scale(teacher.process, t, teacher.prediction_type)
+            nudge = 0.1 * batch.noise(f"{draw}_nudge")
+            inputs.append(inputs[0] + (nudge if scale is None else nudge / expand(scale, nudge)))
         with full_precision(x) if perturb else nullcontext():
             return tuple(roles.modules["discriminator"](roles.features("fake_score", x_t, t, cond)) for x_t in inputs)
 

@@ -132,6 +132,7 @@ class Trainer:
                 world_size=self.accelerator.num_processes,
                 max_steps=self.config.max_steps,
                 progress=self._log.progress,
+                say=self._log.say,
             )
         )
         self._seconds += time.perf_counter() - clock
@@ -338,13 +339,17 @@ class Trainer:
 
     def _validate(self) -> None:
         if self.accelerator.is_main_process:
-            images = self._with_ema(self._preview)
-            self._show(images, f"step-{self._step:08d}.png")
-            if self.method.delivers == "pipeline":
-                signals, advice = self._monitor.look(self._log.latest(), self._health.share)
-                self._log.note({f"health/{name}": value for name, value in signals.items()})
-                for text in advice:
-                    self._log.say(f"step {self._step}: {text}")
+            with self._roles.at_rest():
+                self._look()
+
+    def _look(self) -> None:
+        images = self._with_ema(self._preview)
+        self._show(images, f"step-{self._step:08d}.png")
+        if self.method.delivers == "pipeline":
+            signals, advice = self._monitor.look(self._log.latest(), self._health.share)
+            self._log.note({f"health/{name}": value for name, value in signals.items()})
+            for text in advice:
+                self._log.say(f"step {self._step}: {text}")
 
     def _show(self, images: Tensor, name: str) -> None:
         if images.ndim == 4 and images.shape[1] in {1, 3}:  # what a teacher decodes to need not be pictures

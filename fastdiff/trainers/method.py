@@ -129,6 +129,8 @@ class Preparation:
     max_steps: int
     progress: Callable[[str, int], Callable[[int], None]]
     """``progress(label, total)`` gives a function to be told how much was done since its last call."""
+    say: Callable[[str], None] = print
+    """Tells the user a line."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class ProgressiveDistillation(StoredPairs):
             max_steps=1400,
             law="ring",
         ),
-        "gaussian": Trial(fields={**_TRIAL, "steps": 1, "round_steps": 700}, bounds={"w2": 0.5, "flow_map": 0.3}, max_steps=2800),
+        "gaussian": Trial(fields={**_TRIAL, "steps": 1, "round_steps": 700}, bounds={"w2": 0.68, "flow_map": 0.17}, max_steps=2800),
     }
 
     guidance_scale: float = 3.0
@@ -72,34 +72,40 @@ class ProgressiveDistillation(StoredPairs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rounds, halved = 0, self.start_steps
-        while halved > max(self.steps, 1) and halved % 2 == 0:
-            rounds, halved = rounds + 1, halved // 2
-        if rounds == 0 or halved != self.steps or self.start_steps > 512:
-            raise UserError(
-                f"start_steps is {self.start_steps} for {self.steps} steps: expected their double, fourfold and so on, up to 512."
-            )
+        doublings = self.start_steps // max(self.steps, 1)
+        if self.steps < 1 or doublings < 2 or doublings & (doublings - 1) or self.steps * doublings != self.start_steps:
+            raise UserError(f"start_steps is {self.start_steps} for {self.steps} steps: expected their double, fourfold and so on.")
+        if self.start_steps > LEVELS // 2:
+            raise UserError(f"start_steps is {self.start_steps}: at most {LEVELS // 2}, or two levels would be one.")
         if self.round_steps < 1:
             raise UserError(f"round_steps is {self.round_steps}: it must be at least 1.")
         if self.weighting not in {"truncated", "snr+1"}:
             raise UserError(f"weighting is {self.weighting!r}: expected truncated or snr+1.")
-        self._counts = [self.start_steps >> (i + 1) for i in range(rounds)]
+
+    @classmethod
+    def name(cls) -> str:
+        return "progressive"
 
     def roles(self) -> dict[str, Role]:
         return {"student": Role(train="full", lr=self.lr), "previous": Role(train="average")}
 
     def prepare(self, preparation: Preparation) -> None:
-        needed = len(self._counts) * self.round_steps
+        rounds = len(self.counts())
+        needed = rounds * self.round_steps
         if preparation.max_steps < needed:
             raise UserError(
-                f"max_steps is {preparation.max_steps} and {len(self._counts)} rounds of {self.round_steps} need {needed}: the "
+                f"max_steps is {preparation.max_steps} and {rounds} rounds of {self.round_steps} need {needed}: the "
                 f"student would not be one of {self.steps} steps. Give max_steps={needed}, or smaller round_steps."
             )
         super().prepare(preparation)
 
+    def counts(self) -> list[int]:
+        """Steps of the student of each round."""
+        return [self.start_steps >> i for i in range(1, (self.start_steps // self.steps).bit_length())]
+
     def round(self, step: int) -> int:
         """The round of an iteration; the last one goes on for as long as the run does."""
-        return min(step // self.round_steps, len(self._counts) - 1)
+        return min(step // self.round_steps, len(self.counts()) - 1)
 
     def restarts(self, step: int) -> tuple[str, ...]:
         return ("student",) if step > 0 and self.round(step) > self.round(step - 1) else ()
@@ -127,7 +133,7 @@ class ProgressiveDistillation(StoredPairs):
         return self.lr * max(1 - into / self.round_steps, 0.0)
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        process, count = batch.teacher.process, self._counts[self.round(batch.draws.key[2])]
+        process, count = batch.teacher.process, self.counts()[self.round(batch.draws.key[2])]
         _, x0, cond = self.draw_pairs(batch)
         grid = torch.tensor([*trailing_times(LEVELS, 2 * count), 0], device=x0.device)
         place = 2 * batch.draws.integers("place", 0, count).to(x0.device)

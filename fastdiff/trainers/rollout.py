@@ -69,12 +69,13 @@ class RolloutPool:
     uses: int
 
     def __post_init__(self) -> None:
+        self._owner: Roles | None = None
         self._cycle, self._pools = -1, dict[tuple[int, ...], Moments]()
 
     def fill(self, batch: Batch, roles: Roles, cycle: int) -> None:
-        """Make the pools of the cycle that starts at iteration ``cycle``, unless they are there."""
-        if cycle != self._cycle:
-            self._cycle, self._pools = cycle, {}
+        """Make the pools of the cycle that starts at iteration ``cycle``, unless they are there, of these very roles."""
+        if cycle != self._cycle or self._owner is not roles:
+            self._owner, self._cycle, self._pools = roles, cycle, {}
         for draws in batch.draws.ranks:
             if draws.key[:2] not in self._pools:
                 self._pools[draws.key[:2]] = self._roll_out(draws, batch, roles)

@@ -11,6 +11,7 @@ fresh; w corrects for that. Only x0_i carries gradient, from one network call; w
 free: prompts alone. Luo et al., ICCV 2025, arXiv 2503.06674; losses as in the released demo (the paper's text has another Huber
 constant). Departures: the demo ends a step one index above the next time (675, not 674) and the last one at time 0; it draws new
 rollouts for each update, and trains all step counts of ``step_counts`` with the network told of the count, which here it is not.
+Not here: tau from all of [m, T - 10), cosine restarts of the learning rate, the DPM-Solver sampler.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.process import NoiseProcess, expand
+from fastdiff.diffusion.process import LEVELS, ContinuousVP, DiscreteVP, NoiseProcess, expand
 from fastdiff.diffusion.solvers import trailing_times
 from fastdiff.errors import UserError
 from fastdiff.losses import denoising, reduce, trajectory_importance, trajectory_matching
@@ -62,7 +63,8 @@ class TDM(Method):
     step_counts: tuple[int, ...] = (4,)
     """Network calls of the student. Of several, one is drawn for each cycle; the student is exported for the largest."""
     start: int = 900
-    """Levels that the student's steps divide evenly: the first call is at level ``start - 1`` of 0..999."""
+    """Levels that the student's steps divide evenly: the first call is at level ``start - 1`` of 0..999. Below 1000 only where
+    noisy samples have the same size at every level (variance-preserving processes)."""
     lr: float = 4e-6
     """Student learning rate (the paper's is a fifth of the fake score's)."""
     fake_score_lr: float = 2e-5
@@ -96,6 +98,13 @@ class TDM(Method):
         if not self.huber_c > 0:
             raise UserError(f"huber_c is {self.huber_c}: it must be above 0.")
         self._pools = {k: RolloutPool(trailing_times(self.start, k), self.sampler, self.fake_updates) for k in counts}
+
+    def validate(self, teacher: Teacher) -> None:
+        if self.start < LEVELS and not isinstance(teacher.process, DiscreteVP | ContinuousVP):
+            raise UserError(
+                f"start is {self.start} and {teacher.name} is under {type(teacher.process).__name__}: its samplers start from the "
+                f"noise of the last level, which is more than level {self.start - 1} has. Give start={LEVELS}."
+            )
 
     def roles(self) -> dict[str, Role]:
         common: dict[str, Any] = {"train": self.train, "betas": (0.0, 0.95), "rank": self.rank, "lora_alpha": float(self.rank)}

@@ -6,7 +6,7 @@ lambda_t makes it the error of the network's own output (eps or v), as in the te
 that it stays free of data: the paper uses real images. The minimum is the same, for the loss compares two functions of (x_t, t, c);
 only the places where they are compared differ. Trained: the student, built by ``models.smaller`` from the teacher's weights.
 Stage "TSM" of Song et al., Multi-student Diffusion Distillation for Better One-step Generators (2024), arXiv 2410.23274.
-The EDM weights and log-normal times of the sheet become the uniform integer times of the discrete teachers here.
+Times are uniform over the levels of the process, EDM's too (rho 7), where the sheet has log-normal ones.
 """
 
 from collections.abc import Mapping

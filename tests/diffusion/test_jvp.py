@@ -21,7 +21,7 @@ from fastdiff.diffusion.jvp import (
     replay,
     time_step,
 )
-from fastdiff.diffusion.jvp_choice import choose_jvp
+from fastdiff.diffusion.jvp_choice import STEPS, choose_jvp
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -454,6 +454,16 @@ def test_other_errors_are_not_taken_for_a_missing_derivative() -> None:
         choose_jvp(lambda x: x + torch.ones(7), (normal(2, 3),), (normal(2, 3),))
     with pytest.raises(TypeError, match=r"tuple, not a tensor"):
         choose_jvp(lambda x: (x,), (normal(2, 3),), (normal(2, 3),))
+
+
+def test_each_difference_gets_the_step_that_measured_best() -> None:
+    primals, tangents = SMOOTH
+    choice, exact, output = choose_jvp(smooth, primals, tangents), closed_form(*primals, *tangents), smooth(*primals)
+    sizes = {r: time_step(primals, tangents, r) for r in STEPS}
+    central = {r: relative(jvp_central(smooth, primals, tangents, step=h), exact) for r, h in sizes.items()}
+    one_sided = {r: relative(jvp_one_sided(smooth, primals, tangents, output, step=h), exact) for r, h in sizes.items()}
+    assert central[choice.central_step] == min(central.values())
+    assert one_sided[choice.step] == min(one_sided.values())
 
 
 def test_network_is_measured_without_dropout_and_left_in_train_mode() -> None:

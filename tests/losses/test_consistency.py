@@ -10,8 +10,6 @@ from torch import Tensor
 from fastdiff.losses import (
     consistency,
     consistency_boundary,
-    consistency_decay,
-    consistency_levels,
     easy_consistency_time,
     huber_constant,
     improved_consistency,
@@ -162,18 +160,7 @@ def test_numerical_gradient() -> None:
     assert torch.autograd.gradcheck(lambda x: improved_consistency(x, b, t, r, c=0.1), (a,))
 
 
-# --- the curricula
-
-
-def test_levels_run_from_s0_to_s1_and_the_decay_follows() -> None:
-    levels = [consistency_levels(k, 1000) for k in range(1001)]
-    assert levels[0] == 2
-    assert levels[-1] == 151
-    assert levels == sorted(levels)
-    assert levels[500] == math.ceil(math.sqrt(0.5 * (151**2 - 4) + 4) - 1) + 1
-    assert consistency_decay(2) == pytest.approx(0.9, rel=1e-12)
-    for n in (3, 40, 151):
-        assert consistency_decay(n, mu0=0.95) ** n == pytest.approx(0.95**2, rel=1e-12)  # the same lag in time on every grid
+# --- the curriculum of ECT
 
 
 def test_easy_consistency_starts_as_diffusion_and_its_steps_shrink() -> None:

@@ -8,9 +8,11 @@ from diffusers import DDIMScheduler
 from tiny import BETAS
 
 from fastdiff.diffusion import NoiseProcess, process_from_scheduler
+from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.guidance import apg, cfg_zero_star, rescaled
-from fastdiff.diffusion.process import EDM, TrigFlow
+from fastdiff.diffusion.process import EDM, ContinuousVP, TrigFlow
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.law import LawDenoiser
 
 PROCESS: NoiseProcess = process_from_scheduler(DDIMScheduler(**BETAS).config)[0]
 
@@ -187,3 +189,26 @@ def test_a_rule_acts_on_the_parametrisation_it_is_given(kind: str, batched: bool
     plain = [denoiser.guided(x, t, cond, null, 3.0, on=on).x0 for on in ("sample", "epsilon", "v_prediction", "score")]
     for x0 in plain[1:]:
         torch.testing.assert_close(x0, plain[0], rtol=1e-9, atol=1e-9)
+
+
+def test_the_continuous_view_is_the_same_at_the_rows_and_between_their_neighbours_elsewhere() -> None:
+    x, t, cond, _ = batch()
+    denoiser = Denoiser(Recorder(), PROCESS, "epsilon")
+    view = denoiser.continuous()
+    assert isinstance(view.process, ContinuousVP)
+    torch.testing.assert_close(view(x, t.double(), cond).x0, denoiser(x, t, cond).x0, rtol=1e-10, atol=1e-10)
+    rows = [denoiser(x[2:3], t[2:3] + step, cond[2:3]).x0 for step in (0, 1)]
+    between = view(x[2:3], t[2:3] + 0.5, cond[2:3]).x0
+    assert ((between - rows[0]) * (between - rows[1])).max() < 0
+    edm = Denoiser(Recorder(), EDM(), "edm")
+    assert edm.continuous() is edm
+
+
+def test_the_continuous_view_of_a_law_is_the_law_and_still_counted() -> None:
+    counted: list[int] = []
+    law = GaussianMixture.ring(PROCESS)
+    view = LawDenoiser(law, count=counted.append).continuous()
+    x, t = batch()[:2]
+    torch.testing.assert_close(view(x, t.double(), None).x0, law(x, t).x0, rtol=1e-10, atol=1e-10)
+    assert counted == [4]
+    assert law.process is PROCESS

@@ -27,6 +27,20 @@ def test_neighbouring_times_are_told_apart_and_scale_with_the_largest() -> None:
     assert torch.allclose(flow(x, torch.tensor([998.0, 999.0]) / 999), near, atol=1e-5)
 
 
+@pytest.mark.parametrize("octaves", [2, 4])
+def test_the_last_of_the_sines_has_the_frequency_of_its_octave(octaves: int) -> None:
+    network, t = TimeMLP(2, octaves=octaves, time_scale=1.0), torch.tensor([0.03, 0.3])
+    first = network.hidden[0]
+    assert isinstance(first, torch.nn.Linear)
+    weight = torch.zeros_like(first.weight)
+    weight[0, 2 + octaves - 1] = 1.0  # after the two of x
+    first.load_state_dict({"weight": weight, "bias": torch.zeros_like(first.bias)})
+    seen: list[torch.Tensor] = []
+    first.register_forward_hook(lambda module, inputs, output: seen.append(output[:, 0]))
+    network(torch.randn(2, 2), t)
+    torch.testing.assert_close(seen[0], (torch.pi * 2.0 ** (octaves - 2) * t).sin())
+
+
 def test_a_network_with_classes_needs_labels() -> None:
     with pytest.raises(ValueError, match="labels"):
         TimeMLP(2, classes=2)(torch.zeros(1, 2), torch.zeros(1))

@@ -76,6 +76,7 @@ def test_a_merged_folder_is_a_pipeline_of_one_call_with_weights_between(students
     assert note["merged"]["share"] == 0.25
     assert (note["merged"]["first"]["student"], note["merged"]["second"]["student"]) == ("full", "lora")
     left = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert "negative_prompt.py" in left  # the card names it
     assert not left & {"checkpoints", "validation", "log.csv"}
     with pytest.raises(UserError, match="exists"):
         merge_students(first, second, tmp_path / "merged", 0.25)

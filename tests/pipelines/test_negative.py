@@ -59,6 +59,9 @@ def test_nag_cuts_only_what_is_too_long_and_is_off_at_one() -> None:
     assert torch.allclose(nag(positive, zero, 2.0), 1.25 * positive)  # Zt = 2 Z+, within tau = 2.5
     assert torch.allclose(nag(positive, zero, 10.0), (0.75 + 0.25 * 2.5) * positive)  # Zt = 10 Z+, cut to 2.5 Z+
     assert torch.equal(nag(zero, zero, 5.0), zero)
+    wide = nag(positive.double(), negative.double(), 5.0)
+    assert wide.dtype == torch.float64
+    assert torch.allclose(wide.float(), nag(positive, negative, 5.0), atol=1e-6)
 
 
 def test_a_rule_is_none_where_it_is_off_and_refuses_the_other_side() -> None:

@@ -8,8 +8,11 @@ from tiny import tiny_teacher
 
 from fastdiff import Trainer
 from fastdiff.diffusion.exact import GaussianMixture
+from fastdiff.diffusion.process import EDM
 from fastdiff.errors import UserError
 from fastdiff.models.mlp import TimeMLP
+from fastdiff.models.roles import Start
+from fastdiff.models.smaller import smaller
 from fastdiff.models.teacher import Teacher
 from fastdiff.proof import laws
 from fastdiff.trainers import DMD2
@@ -131,3 +134,32 @@ def test_an_iteration_without_student_update_builds_no_student_graph(tmp_path: P
     run.method.loss("fake_score", batch, run._roles)
     assert not batch.memo["x"].requires_grad
     run.close()
+
+
+def test_a_fake_score_is_not_pulled_to_a_network_of_another_shape(tmp_path: Path) -> None:
+    teacher = Teacher.from_module(TimeMLP(2), laws.process(), "v_prediction", shape=(2,))
+    run = Trainer(
+        DMD2(pull=0.1, ratio=(1, 2)),
+        teacher,
+        output_dir=tmp_path,
+        max_steps=2,
+        batch_size=4,
+        start=Start(network=smaller(teacher.family.backbone)),
+    )
+    with pytest.raises(UserError, match="no way between"):
+        run.train()
+
+
+def test_the_penalty_nudges_what_the_network_sees_by_a_tenth_at_every_noise(tmp_path: Path) -> None:
+    """A tenth of x_t itself would be 0.2 of EDM's input at its smallest sigma and 0.001 at its largest."""
+    teacher = Teacher.from_module(TimeMLP(2), EDM(), "edm", shape=(2,), bottleneck=("hidden", 128))
+    seen: list[torch.Tensor] = []
+    run = Trainer(DMD2(gan_weight=1e-3, r1_weight=1.0, **PAIRS), teacher, output_dir=tmp_path, max_steps=2, batch_size=64)
+    run.start()
+    (batch,) = run._micro_batches(0)
+    run._roles.modules["fake_score"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        run.method._logits(torch.zeros(64, 2), "gan_real", batch.cond, batch, run._roles, perturb=True)
+    run.close()
+    plain, nudged = seen
+    assert torch.allclose(nudged - plain, 0.1 * batch.noise("gan_real_nudge"), atol=1e-6)

@@ -20,7 +20,7 @@ from fastdiff.trainers.method import Method
 
 PAIRS = {"pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
-    "two-rounds": ProgressiveDistillation(start_steps=4, steps=1, round_steps=3, guidance_scale=2.0, **PAIRS),
+    "two-rounds": ProgressiveDistillation(start_steps=4, steps=1, round_steps=1, guidance_scale=2.0, **PAIRS),
     "snr+1": ProgressiveDistillation(start_steps=8, steps=4, round_steps=4, guidance_scale=1.0, weighting="snr+1", **PAIRS),
 }
 

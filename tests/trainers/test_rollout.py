@@ -104,3 +104,14 @@ def test_a_pool_made_again_within_a_cycle_is_the_same_to_the_bit(tmp_path: Path)
 def test_the_rollout_comes_first_and_the_student_last() -> None:
     assert pooled_updates(0, 1) == ("rollout", "fake_score", "student")
     assert [pooled_updates(step, 2) for step in range(2)] == [("rollout", "fake_score"), ("fake_score", "student")]
+
+
+@pytest.mark.parametrize("method", [DMD2(steps=2, ratio=(1, 2)), TDM(step_counts=(2,), start=1000, fake_updates=2)])
+def test_a_pool_is_of_one_run_and_not_of_the_next_with_the_same_method(method: Method, tmp_path: Path) -> None:
+    """The second run would train on the first one's samples, or on a plan's tensors without values."""
+    ledgers = []
+    for name in ("first", "second"):
+        with started(method, tmp_path / name) as run:
+            run._iteration(0)
+            ledgers.append(run._roles.ledger["student"])
+    assert ledgers[0] == ledgers[1] > 0

@@ -83,7 +83,10 @@ def test_the_term_is_the_cosine_of_the_decoded_sample(tmp_path: Path) -> None:
 
 def test_the_weight_falls_linearly_from_its_start_to_nothing_and_then_nobody_is_asked(tmp_path: Path) -> None:
     method = SwiftBrushV2(clip_weight=0.1, clip_decay_steps=4, warm_start_steps=2)
-    assert [method.clip_weight_at(step) for step in range(2, 9)] == pytest.approx([0.1, 0.075, 0.05, 0.025, 0, 0, 0])
+    weights = [0.1, 0.075, 0.05, 0.025, 0, 0, 0]
+    assert [method.clip_weight_at(step) for step in range(2, 9)] == pytest.approx(weights)
+    waits = SwiftBrushV2(clip_weight=0.1, clip_decay_steps=4, warm_start_steps=2, fake_score_warmup=50)
+    assert [waits.clip_weight_at(step) for step in range(52, 59)] == pytest.approx(weights)  # the student waits, and so does w
     clip = Fixed([0.0] * 4)
     with started(SwiftBrushV2(clip=clip, clip_decay_steps=2, **TINY), tmp_path) as run:
         for _ in range(4):

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import shake, started
+from short_runs import shake, started, trainer
 from torch import Tensor, nn
 
-from fastdiff.diffusion.process import RectifiedFlow
+from fastdiff.diffusion.process import EDM, RectifiedFlow, TrigFlow
 from fastdiff.errors import UserError
+from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers import TDM
 from fastdiff.trainers.method import Batch, Method
@@ -152,3 +153,12 @@ def test_latents_with_a_time_axis_have_the_losses_of_the_same_elements_without_o
         for key in video:
             assert video[key].item() == pytest.approx(image[key].item(), rel=1e-5)
             assert video[key].item() > 0
+
+
+def test_a_first_call_below_the_last_level_is_refused_where_the_noise_grows(tmp_path: Path) -> None:
+    """Samplers start from the last level's noise; at level 899 of EDM that is 1.8 times what the network expects."""
+    for process in (EDM(), RectifiedFlow(), TrigFlow()):
+        teacher = Teacher.from_module(TimeMLP(2), process, "sample", shape=(2,), name="mine")
+        with pytest.raises(UserError, match="start=1000"):
+            trainer(TDM(start=900, step_counts=(2,)), tmp_path, teacher)
+        trainer(TDM(start=1000, step_counts=(2,)), tmp_path, teacher)

@@ -86,8 +86,9 @@ class SCM(StoredPairs):
         "ring": Trial(
             fields={**_TRIAL, "jvp": "forward", "single_call": True},
             bounds=_RING,
-            max_steps=2000,
+            max_steps=2400,
             law="ring-smooth",
+            ema_decay=0.998,
         ),
         "ring-sct": Trial(
             fields={**_TRIAL, "kind": "sct", "jvp": "one-sided"},
@@ -107,7 +108,7 @@ class SCM(StoredPairs):
             bounds={**_RING, "flow_map": 0.18, "mode_spread": 0.7, "stray": 0.16},
             max_steps=2200,
             law="ring-flow-smooth",
-            ema_decay=0.995,
+            ema_decay=0.998,
         ),
     }
     sampler: ClassVar[Sampler] = "consistency"

@@ -67,11 +67,11 @@ class Options:
 
 
 def of_the_world(pipeline: Any) -> bool:
-    """Whether a pipeline speaks the captions of the bundled world: its tokenizer has exactly that vocabulary."""
-    from fastdiff.data.fashion import vocabulary
+    """Whether a pipeline speaks the captions of the bundled world: its tokenizer has exactly a vocabulary of that world."""
+    from fastdiff.data.fashion import gemma_tokenizer, vocabulary
 
     tokenizer = getattr(pipeline, "tokenizer", None)
-    return tokenizer is not None and tokenizer.get_vocab() == vocabulary()[0]
+    return tokenizer is not None and tokenizer.get_vocab() in (vocabulary()[0], gemma_tokenizer().get_vocab())
 
 
 def measure(

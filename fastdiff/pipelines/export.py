@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.process import DiscreteVP
 from fastdiff.errors import UserError
 from fastdiff.files import aside
 from fastdiff.models.denoiser import Denoiser
@@ -37,7 +38,8 @@ torch.set_num_threads(threads)
 pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=True)  # ours, just written
 pipeline.set_progress_bar_config(disable=True)
 calls = []
-pipeline.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+network = getattr(pipeline, "unet", None) or pipeline.transformer
+network.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
 prompts = json.load(open(given + ".json"))
 draws = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
 noise = load_file(given + ".safetensors")["noise"]
@@ -86,7 +88,7 @@ class Schedule:
     sampler: str
 
     @property
-    def call(self) -> dict[str, int]:
+    def call(self) -> dict[str, Any]:
         """What the exported pipeline must be told besides the prompt: nothing, if its class leaves that choice to its folder."""
         steps = len(self.times)
         return {"num_inference_steps": steps} if self.sampler == "consistency" and steps not in {1, LCM_STEPS} else {}
@@ -109,6 +111,23 @@ class Schedule:
             return type(teacher.pipeline), ddim_scheduler(table, times, teacher.prediction_type)
         return LatentConsistencyModelPipeline, lcm_scheduler(teacher.pipeline.scheduler.config, times, len(table))
 
+    def components(self, network: Any) -> dict[str, Any]:
+        """What that class is given in place of the teacher's parts: the student's network, and options of its own."""
+        return {"unet": without_guidance(network), "requires_safety_checker": False}
+
+    def extras(self, teacher: Teacher, folder: Path, prompt: str) -> str:
+        """Write further files beside the pipeline's own and return what the card says about them."""
+        from diffusers import LCMScheduler, StableDiffusionPipeline
+
+        if len(self.times) == 1:
+            options = {"original_inference_steps": 1, "timestep_spacing": "leading"}
+            plain = LCMScheduler.from_config(teacher.pipeline.scheduler.config, **options)
+            plain.save_pretrained(folder / "scheduler_lcm")
+        if self.parts(teacher)[0] is not StableDiffusionPipeline:
+            return ""
+        shutil.copyfile(Path(__file__).with_name("negative.py"), folder / NEGATIVE)  # its class has that pipeline's call
+        return _NEGATIVE.format(prompt=prompt, negative=NEGATIVE)
+
     def card(self) -> dict[str, str]:
         """What the model card says about it."""
         steps, times = len(self.times), ", ".join(map(str, self.times))
@@ -129,7 +148,7 @@ def check_exportable(teacher: Teacher) -> None:
     """
     if teacher.pipeline is None:
         return
-    if teacher.process.alpha(torch.tensor(int(teacher.process.t_max))) == 0:
+    if isinstance(teacher.process, DiscreteVP) and teacher.process.alpha(torch.tensor(int(teacher.process.t_max))) == 0:
         raise UserError(
             f"the last time of {teacher.name} has no signal (zero-terminal SNR): the stock scheduler that makes one step of a bare "
             "call cannot be configured for it, and the student could not be saved. Such teachers are not supported yet."
@@ -211,29 +230,17 @@ def export_pipeline(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    from diffusers import LCMScheduler
-
     from fastdiff._version import __version__
 
-    components = dict(teacher.pipeline.components)
-    kind, components["scheduler"] = schedule.parts(teacher)
-    components["unet"] = without_guidance(network)
-    pipeline = kind(**components, requires_safety_checker=False)
+    kind, scheduler = schedule.parts(teacher)
+    pipeline = kind(**{**teacher.pipeline.components, "scheduler": scheduler, **schedule.components(network)})
     pipeline.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     try:
         pipeline.save_pretrained(aside, safe_serialization=True)
         add_slow_files(aside / "tokenizer")
-        if len(schedule.times) == 1:
-            plain = LCMScheduler.from_config(
-                teacher.pipeline.scheduler.config, original_inference_steps=1, timestep_spacing="leading"
-            )
-            plain.save_pretrained(aside / "scheduler_lcm")
-        extra = ""
-        if kind is type(teacher.pipeline):  # the file's class has that pipeline's call
-            shutil.copyfile(Path(__file__).with_name("negative.py"), aside / NEGATIVE)
-            extra = _NEGATIVE.format(prompt=prompt, negative=NEGATIVE)
+        extra = schedule.extras(teacher, aside, prompt)
         facts = {"method": note["method"], "teacher": teacher.name, "version": __version__, "prompt": prompt, "extra": extra}
         card = _CARD.format(**facts, **schedule.card())
         (aside / "README.md").write_text(card, encoding="utf-8")
@@ -241,6 +248,7 @@ def export_pipeline(
         (folder / "model_index.json").unlink(missing_ok=True)
         for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
             replace(part, folder / part.name)
+        pipeline.register_to_config(_name_or_path=str(folder))  # as after loading: the folder's note is its
     except OSError as error:
         raise UserError(
             f"cannot write the student to {folder}: {error}. Free space or choose another --output; the checkpoint is kept."

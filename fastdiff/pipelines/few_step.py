@@ -9,11 +9,15 @@ trained at. The table of betas is the teacher's own up to the largest of them. A
 gives another number of times.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdiff.models.families import FAMILIES
 
 BARE_STEPS = 50
 """What StableDiffusionPipeline takes without being asked."""
@@ -21,12 +25,19 @@ LCM_STEPS = 4
 """What LatentConsistencyModelPipeline takes."""
 
 
-def own_call(pipeline: Any) -> dict[str, int]:
-    """What an exported pipeline must be told besides the prompt: its number of steps, where its class has another default.
+def own_call(pipeline: Any) -> dict[str, Any]:
+    """What a pipeline must be told besides the prompt: ``call`` in the ``fastdiff.json`` of the folder it is of.
 
-    Only LCM folders have one, and a scheduler that was distilled on as many times as it shall visit; on diffusers' own 50 of them
-    a bare call is left as it is.
+    Without that note, what its family's call needs to draw at all; and of LCM folders, whose scheduler was distilled on as many times
+    as it shall visit, their number of steps: on diffusers' own 50 of them a bare call is left as it is.
     """
+    note = Path(pipeline.config.get("_name_or_path") or "", "fastdiff.json")
+    if note.is_file():
+        call: dict[str, Any] | None = json.loads(note.read_text(encoding="utf-8")).get("call")
+        if call is not None:
+            return call
+    if own := next((family(pipeline).call for family in FAMILIES if type(pipeline).__name__ in family.pipelines), {}):
+        return own
     trained = getattr(pipeline, "scheduler", None) and pipeline.scheduler.config.get("original_inference_steps")
     lcm = type(pipeline).__name__ == "LatentConsistencyModelPipeline"
     return {"num_inference_steps": int(trained)} if lcm and trained not in {None, LCM_STEPS, BARE_STEPS} else {}

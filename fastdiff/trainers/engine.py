@@ -348,6 +348,7 @@ class Trainer:
             "num_inference_steps": len(self.method.timesteps(self.teacher)),
             "timesteps": self.method.timesteps(self.teacher),
             "guidance_scale": 1.0,
+            "call": self.method.schedule(self.teacher).call,
             "run": self._identity(),
         }
         self._roles.close()

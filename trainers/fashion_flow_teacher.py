@@ -2,8 +2,8 @@
 
 The autoencoder (trainers/fashion_flow_autoencoder.py) comes first. Transformer and text encoder are trained together by flow
 matching, ``mean (v(x_t, t, c) - (eps - x0))^2`` with ``x_t = (1 - t) x0 + t eps`` and t uniform, and 10 % empty captions, so that
-classifier-free guidance works. Captions are encoded by the pipeline's own ``encode_prompt`` under the instruction that its call puts
-before them, and the empty one without it, as that call has its negative prompt.
+classifier-free guidance works. Captions are encoded by the pipeline's own ``encode_prompt`` under the instruction that its call
+puts before them, and the empty one without it, as that call has its negative prompt.
 
 python trainers/fashion_flow_teacher.py --vae runs/fashion-flow-vae --output fastdiff/assets/fashion-flow --minutes 50
 """

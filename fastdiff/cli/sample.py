@@ -75,12 +75,10 @@ def check_student(pipeline: str, steps: int | None) -> None:
     index = json.loads((Path(pipeline) / "model_index.json").read_text(encoding="utf-8"))
     if index["_class_name"] == "LatentConsistencyModelPipeline" or steps == trained == 1 or steps == told:
         return
-    if told is not None:
-        raise UserError(
-            f"{pipeline} is a student of {trained} steps, and --steps {steps} of its scheduler is not what it was trained for: leave --steps out."
-        )
     what = "one step, and" if trained == 1 else f"{trained} steps, which its folder makes of a bare call, and"
     why = "nothing" if trained == 1 else "their number to one it was not trained for"
+    if told is not None:  # the folder does not know, and takes whatever it is told
+        what, why = f"{trained} step{'' if trained == 1 else 's'}, and", "its times to ones it was not trained for"
     raise UserError(f"{pipeline} is a student of {what} --steps {steps} would change {why}: leave --steps out.")
 
 

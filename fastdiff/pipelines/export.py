@@ -115,15 +115,15 @@ class Schedule:
         """What that class is given in place of the teacher's parts: the student's network, and options of its own."""
         return {"unet": without_guidance(network), "requires_safety_checker": False}
 
-    def extras(self, teacher: Teacher, folder: Path, prompt: str) -> str:
+    def extras(self, teacher: Teacher, pipeline: Any, folder: Path, prompt: str) -> str:
         """Write further files beside the pipeline's own and return what the card says about them."""
-        from diffusers import LCMScheduler, StableDiffusionPipeline
+        from diffusers import LCMScheduler
 
         if len(self.times) == 1:
             options = {"original_inference_steps": 1, "timestep_spacing": "leading"}
             plain = LCMScheduler.from_config(teacher.pipeline.scheduler.config, **options)
             plain.save_pretrained(folder / "scheduler_lcm")
-        if self.parts(teacher)[0] is not StableDiffusionPipeline:
+        if type(pipeline) is not type(teacher.pipeline):
             return ""
         shutil.copyfile(Path(__file__).with_name("negative.py"), folder / NEGATIVE)  # its class has that pipeline's call
         return _NEGATIVE.format(prompt=prompt, negative=NEGATIVE)
@@ -240,7 +240,7 @@ def export_pipeline(
     try:
         pipeline.save_pretrained(aside, safe_serialization=True)
         add_slow_files(aside / "tokenizer")
-        extra = schedule.extras(teacher, aside, prompt)
+        extra = schedule.extras(teacher, pipeline, aside, prompt)
         facts = {"method": note["method"], "teacher": teacher.name, "version": __version__, "prompt": prompt, "extra": extra}
         card = _CARD.format(**facts, **schedule.card())
         (aside / "README.md").write_text(card, encoding="utf-8")

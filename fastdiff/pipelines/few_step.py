@@ -28,8 +28,8 @@ LCM_STEPS = 4
 def own_call(pipeline: Any) -> dict[str, Any]:
     """What a pipeline must be told besides the prompt: ``call`` in the ``fastdiff.json`` of the folder it is of.
 
-    Without that note, what its family's call needs to draw at all; and of LCM folders, whose scheduler was distilled on as many times
-    as it shall visit, their number of steps: on diffusers' own 50 of them a bare call is left as it is.
+    Without that note, what its family's call needs to draw at all; and of LCM folders, whose scheduler was distilled on as many
+    times as it shall visit, their number of steps: on diffusers' own 50 of them a bare call is left as it is.
     """
     note = Path(pipeline.config.get("_name_or_path") or "", "fastdiff.json")
     if note.is_file():

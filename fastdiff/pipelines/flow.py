@@ -3,11 +3,11 @@
     ddim          x' = x + (t' - t) v                      the scheduler's Euler step, which is DDIM on a straight path
     consistency   x' = (1 - t') (x - t v) + t' noise       stochastic_sampling=True; SANA's pipeline hands it the call's generators
 
-Such a pipeline's call asks for its steps and guides unless told otherwise, and its folder cannot say so: the student's call carries
-both. Asked for K steps, the scheduler has K times of its own, of which two settings remain: with u falling evenly from 1 to u_K,
-``shift`` k makes ``t = k u / (1 + (k - 1) u)``, and ``shift_terminal`` then stretches 1 - t so that the last one is where it should be.
-Both maps leave 1 in place and are projective, so what they reach is every grid from 1 on which 1 - t is a projective map of the step:
-evenly spaced times, their shifts, and any three times or fewer.
+Such a pipeline takes 20 steps and guides unless told otherwise, and its folder cannot say so: the student's call carries both. Told
+of K steps, the scheduler visits times of its own, on which two settings bear: with u falling evenly from 1, ``shift`` k makes
+``t = k u / (1 + (k - 1) u)``, and ``shift_terminal`` then stretches 1 - t so that the last t is what it says. Both maps leave t = 1
+in place and are projective, so what they reach is every grid from 1 on which 1 - t is a projective map of the step: evenly spaced
+times, their shifts, and any three times or fewer. (This inversion is derived here.)
 """
 
 import math
@@ -22,8 +22,8 @@ from fastdiff.diffusion.process import RectifiedFlow
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import Schedule
 
-_CARD = """`scheduler/` is a `FlowMatchEulerDiscreteScheduler` whose {steps} steps are at times {times} of 1 (noise) to 0, {between}. Leave
-`num_inference_steps` and `guidance_scale` as they are: the student was trained for no other."""
+_CARD = """`scheduler/` is a `FlowMatchEulerDiscreteScheduler`, whose steps the call has to number: {steps}, at times {times}
+of 1 (noise) to 0 (image), {between}. The student was trained for no other number and for no guidance."""
 
 
 def schedule_of(teacher: Teacher, times: Sequence[int] | Sequence[float], sampler: str) -> Schedule:
@@ -51,8 +51,8 @@ class FlowSchedule(Schedule):
     def components(self, network: Any) -> dict[str, Any]:
         return {"transformer": network}
 
-    def extras(self, teacher: Teacher, folder: Path, prompt: str) -> str:
-        del teacher, folder, prompt
+    def extras(self, teacher: Teacher, pipeline: Any, folder: Path, prompt: str) -> str:
+        del teacher, pipeline, folder, prompt
         return ""
 
     def card(self) -> dict[str, str]:
@@ -79,8 +79,8 @@ def flow_scheduler(times: Sequence[float], *, num_train_timesteps: int = 1000, s
     if not (scheduler.sigmas[:-1] - wanted).abs().max() < 1e-6:
         made = [round(sigma, 6) for sigma in scheduler.sigmas[:-1].tolist()]
         raise ValueError(
-            f"a FlowMatchEulerDiscreteScheduler of {len(times)} steps visits {made}, and the student {list(times)}: its grids begin "
-            "at 1, pure noise, and are evenly spaced, or shifted from such a grid."
+            f"a FlowMatchEulerDiscreteScheduler of {len(times)} steps visits {made}, and the student {list(times)}: its grids "
+            "begin at 1, pure noise, and are evenly spaced, or shifted from such a grid."
         )
     return scheduler
 

@@ -1,8 +1,8 @@
 """SANA: a linear-attention transformer on the latents of a deep-compression autoencoder, text by Gemma 2, rectified flow.
 
 Network call ``transformer(x_t, states, 1000 t, encoder_attention_mask=mask)``, predicting ``v = eps - x0``; latents are
-``scaling_factor`` times the autoencoder's. A condition holds text states [B, L, C] and their mask [B, L]. Prompts are encoded under the
-instruction that the pipeline's call puts before them by default; the empty one without it, as that call has its negative prompt.
+``scaling_factor`` times the autoencoder's. A condition holds text states [B, L, C] and their mask [B, L]. Prompts are encoded under
+the instruction that the pipeline's call puts before them by default; the empty one without it, as its negative prompt is.
 """
 
 import inspect
@@ -36,8 +36,8 @@ class Sana(Family):
         process, prediction_type = process_from_scheduler(self.pipeline.scheduler)
         if not isinstance(process, RectifiedFlow):
             raise ValueError(
-                f"its scheduler describes a {type(process).__name__}, no rectified flow; SANA's network predicts the velocity of one "
-                "and would be run at times it never saw."
+                f"its scheduler describes a {type(process).__name__}, no rectified flow; SANA's network predicts the "
+                "velocity of one and would be run at times it never saw."
             )
         return process, prediction_type
 

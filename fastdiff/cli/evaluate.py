@@ -51,7 +51,7 @@ class Measuring:
 @dataclass(kw_only=True)
 class Options:
     pipelines: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DIR_OR_ID [DIR_OR_ID ...]")]
-    """Folders written by fastdiff or diffusers, hub ids, or the bundled teacher `fashion`."""
+    """Folders written by fastdiff or diffusers, hub ids, or a bundled teacher, `fashion` or `fashion-flow`."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the rows as JSON, with the protocol; a name ending in .jsonl gets one line a row."""
     report: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

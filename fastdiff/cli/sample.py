@@ -24,7 +24,7 @@ _SHOWN = 128  # smaller images are enlarged, pixel by pixel, to about this width
 @dataclass(kw_only=True)
 class Options:
     pipeline: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
-    """A folder written by fastdiff or diffusers, a hub id, or the bundled teacher `fashion`."""
+    """A folder written by fastdiff or diffusers, a hub id, or a bundled teacher, `fashion` or `fashion-flow`."""
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
     """What to draw; several prompts become several rows."""
     num_images: int = 16

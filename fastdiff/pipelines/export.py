@@ -119,6 +119,7 @@ class Schedule:
         """Write further files beside the pipeline's own and return what the card says about them."""
         from diffusers import LCMScheduler
 
+        add_slow_files(folder / "tokenizer")
         if len(self.times) == 1:
             options = {"original_inference_steps": 1, "timestep_spacing": "leading"}
             plain = LCMScheduler.from_config(teacher.pipeline.scheduler.config, **options)
@@ -239,7 +240,6 @@ def export_pipeline(
     aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     try:
         pipeline.save_pretrained(aside, safe_serialization=True)
-        add_slow_files(aside / "tokenizer")
         extra = schedule.extras(teacher, pipeline, aside, prompt)
         facts = {"method": note["method"], "teacher": teacher.name, "version": __version__, "prompt": prompt, "extra": extra}
         card = _CARD.format(**facts, **schedule.card())

@@ -61,6 +61,7 @@ def test_a_folder_repeats_the_trainer_in_as_many_calls(times: list[float], sampl
     words = ", ".join(f"{key}={value}" for key, value in call.items())
     assert f'("x", {words}).images[0]' in (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "SanaPipeline"
+    assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     with count_calls(pipeline.transformer) as calls:  # what sampling and evaluation do
         subject = pipeline_subject("student", pipeline)
         subject.generate(["x"], [torch.Generator().manual_seed(0)])

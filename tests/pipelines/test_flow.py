@@ -21,7 +21,7 @@ from fastdiff.pipelines.flow import FlowSchedule, flow_scheduler, schedule_of
 from fastdiff.trainers import DMD2, TDM, ODEPairs
 from fastdiff.trainers.trajectory import trajectory
 
-SIZE = {"height": 32, "width": 32, "use_resolution_binning": False}
+SIZE = {"height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": 32}
 PROMPTS = ["a red boot on a white background", "a blue bag on a black background"]
 
 

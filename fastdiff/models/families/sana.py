@@ -46,8 +46,8 @@ class Sana(Family):
 
         def call(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
             dtype = next(backbone.parameters()).dtype
-            states, mask = _without_padding(cond["states"], cond["mask"])
-            output: Tensor = backbone(x_t.to(dtype), states.to(dtype), t * scale, encoder_attention_mask=mask, return_dict=False)[0]
+            states, mask = cond["states"].to(dtype), cond["mask"]
+            output: Tensor = backbone(x_t.to(dtype), states, t * scale, encoder_attention_mask=mask, return_dict=False)[0]
             return output[:, : x_t.shape[1]]  # a learned variance, if any, comes after the velocity
 
         return call
@@ -73,18 +73,29 @@ class Sana(Family):
 
     @property
     def call(self) -> dict[str, Any]:
-        """The network's own size: the pipeline's default is 1024 pixels, its table of sizes knows four networks only."""
+        """The network's own size, and the window of a tokenizer that has one.
+
+        The pipeline would draw 1024 pixels, by a table of sizes that knows four networks only; and it fills up 300 text states with
+        masked ones, which change nothing and cost most of a small network's time.
+        """
         side = self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
-        return {"height": side, "width": side, "use_resolution_binning": False}
+        found = {"height": side, "width": side, "use_resolution_binning": False}
+        window = self.pipeline.tokenizer.model_max_length
+        return found if window >= self._default("max_sequence_length") else {**found, "max_sequence_length": window}
+
+    def _default(self, name: str) -> Any:
+        return inspect.signature(self.pipeline.__call__).parameters[name].default
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Prompts to text states and mask, as the pipeline's call makes them; ``""`` is its negative prompt."""
         device = next(self.pipeline.text_encoder.parameters()).device
-        instruction = inspect.signature(self.pipeline.__call__).parameters["complex_human_instruction"].default
-        states, mask, *_ = self.pipeline.encode_prompt(prompts, False, device=device, complex_human_instruction=instruction)
+        length = self.call.get("max_sequence_length", self._default("max_sequence_length"))
+        options = {"device": device, "max_sequence_length": length}
+        instruction = self._default("complex_human_instruction")
+        states, mask, *_ = self.pipeline.encode_prompt(prompts, False, complex_human_instruction=instruction, **options)
         if not all(prompts):
-            null = self.pipeline.encode_prompt([""], False, device=device)
+            null = self.pipeline.encode_prompt([""], False, **options)
             empty = torch.tensor([not prompt for prompt in prompts], device=device)
             states = torch.where(empty[:, None, None], null[0], states)
             mask = torch.where(empty[:, None], null[1], mask)
@@ -95,14 +106,3 @@ class Sana(Family):
         vae = self.pipeline.vae
         images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
-
-
-def _without_padding(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the last columns that are padding in every row, of which attention takes nothing: the pipeline pads to 300 tokens.
-
-    Only on a CPU, where they cost; to read the mask of an accelerator would be to wait for it.
-    """
-    if mask.device.type != "cpu":
-        return states, mask
-    used = int(mask.any(0).nonzero().max()) + 1
-    return states[:, :used], mask[:, :used]

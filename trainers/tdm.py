@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from fastdiff import Teacher, Trainer
+from fastdiff.pipelines.few_step import own_call
 from fastdiff.trainers import TDM
 
 
@@ -25,7 +26,9 @@ def main(
     method = TDM(step_counts=step_counts, guidance_scale=guidance_scale, lr=lr, fake_score_lr=fake_score_lr)
     trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed)
     pipeline = trainer.train()
-    pipeline(trainer.prompts.prompts[0]).images[0].save(output / "sample.png")  # as many calls as it was trained for
+    pipeline(trainer.prompts.prompts[0], **own_call(pipeline)).images[0].save(
+        output / "sample.png"
+    )  # as many calls as it was trained for
     print(trainer.result)
 
 

@@ -51,7 +51,7 @@ class Measuring:
 @dataclass(kw_only=True)
 class Options:
     pipelines: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DIR_OR_ID [DIR_OR_ID ...]")]
-    """Folders written by fastdiff or diffusers, hub ids, or the bundled teacher `fashion`."""
+    """Folders written by fastdiff or diffusers, hub ids, or a bundled teacher, `fashion` or `fashion-flow`."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the rows as JSON, with the protocol; a name ending in .jsonl gets one line a row."""
     report: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -67,11 +67,11 @@ class Options:
 
 
 def of_the_world(pipeline: Any) -> bool:
-    """Whether a pipeline speaks the captions of the bundled world: its tokenizer has exactly that vocabulary."""
-    from fastdiff.data.fashion import vocabulary
+    """Whether a pipeline speaks the captions of the bundled world: its tokenizer has exactly a vocabulary of that world."""
+    from fastdiff.data.fashion import gemma_tokenizer, vocabulary
 
     tokenizer = getattr(pipeline, "tokenizer", None)
-    return tokenizer is not None and tokenizer.get_vocab() == vocabulary()[0]
+    return tokenizer is not None and tokenizer.get_vocab() in (vocabulary()[0], gemma_tokenizer().get_vocab())
 
 
 def measure(

@@ -24,7 +24,7 @@ _SHOWN = 128  # smaller images are enlarged, pixel by pixel, to about this width
 @dataclass(kw_only=True)
 class Options:
     pipeline: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
-    """A folder written by fastdiff or diffusers, a hub id, or the bundled teacher `fashion`."""
+    """A folder written by fastdiff or diffusers, a hub id, or a bundled teacher, `fashion` or `fashion-flow`."""
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
     """What to draw; several prompts become several rows."""
     num_images: int = 16
@@ -70,12 +70,15 @@ def check_student(pipeline: str, steps: int | None) -> None:
     note = Path(pipeline) / "fastdiff.json"
     if steps is None or not note.is_file():
         return
-    trained = json.loads(note.read_text(encoding="utf-8")).get("num_inference_steps")
+    facts = json.loads(note.read_text(encoding="utf-8"))
+    trained, told = facts.get("num_inference_steps"), facts.get("call", {}).get("num_inference_steps")
     index = json.loads((Path(pipeline) / "model_index.json").read_text(encoding="utf-8"))
-    if index["_class_name"] == "LatentConsistencyModelPipeline" or steps == trained == 1:
+    if index["_class_name"] == "LatentConsistencyModelPipeline" or steps == trained == 1 or steps == told:
         return
     what = "one step, and" if trained == 1 else f"{trained} steps, which its folder makes of a bare call, and"
     why = "nothing" if trained == 1 else "their number to one it was not trained for"
+    if told is not None:  # the folder does not know, and takes whatever it is told
+        what, why = f"{trained} step{'' if trained == 1 else 's'}, and", "its times to ones it was not trained for"
     raise UserError(f"{pipeline} is a student of {what} --steps {steps} would change {why}: leave --steps out.")
 
 

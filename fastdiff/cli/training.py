@@ -27,9 +27,9 @@ class Run:
     """What the run starts from and ends with."""
 
     teacher: str = "fashion"
-    """The bundled teacher `fashion`, a diffusers folder, or a hub id."""
+    """A bundled teacher (`fashion`, or `fashion-flow`), a diffusers folder, or a hub id."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Text file with one prompt a line; the bundled teacher brings its own."""
+    """Text file with one prompt a line; the bundled teachers bring their own."""
     evaluate: bool = True
     """Measure teacher and student after the training."""
 

@@ -188,3 +188,20 @@ def save_tokenizer(folder: str | Path) -> None:
     """Write the tokenizer so that transformers 4 and 5 load it."""
     tokenizer().save_pretrained(folder)
     add_slow_files(folder)
+
+
+def gemma_tokenizer() -> Any:
+    """A ``GemmaTokenizer`` under which each word of the world is one token, and all text between such words is one more.
+
+    A caption is seven of them; the window of 32 has room for the instruction of SANA's pipeline too, which is 18.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AddedToken, GemmaTokenizer
+
+    words = sorted({word for text in captions() for word in text.split()})
+    made = GemmaTokenizer(model_max_length=32)
+    made.add_tokens([AddedToken(word, single_word=True, lstrip=True, normalized=False) for word in words])
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{made.bos_token} $A", special_tokens=[(made.bos_token, made.bos_token_id)]
+    )
+    return made

@@ -11,11 +11,11 @@ from torch import Tensor
 from fastdiff.data.fashion import captions
 from fastdiff.errors import UserError
 from fastdiff.models.condition import concat, size_in_bytes, take
-from fastdiff.models.teacher import Teacher
+from fastdiff.models.teacher import BUNDLED, Teacher
 
 
 def read_prompts(source: str | Path | Sequence[str] | None, teacher: Teacher) -> list[str]:
-    """The prompts of ``source``; None means the captions of the bundled world, for its own teacher only.
+    """The prompts of ``source``; None means the captions of the bundled world, for its own teachers only.
 
     Raises:
         UserError: no such file, nothing in it, or None for a teacher that has no prompts of its own.
@@ -23,7 +23,7 @@ def read_prompts(source: str | Path | Sequence[str] | None, teacher: Teacher) ->
     if source is None and teacher.prompts is not None:
         return teacher.prompts
     if source is None:
-        if teacher.name != "fashion":
+        if teacher.name not in BUNDLED:
             raise UserError(
                 f"no prompts: the teacher {teacher.name} brings none. Pass prompts, a text file with one prompt a line."
             )

@@ -51,6 +51,18 @@ class VectorHead(nn.Module):
         return logits
 
 
+class TokenHead(nn.Module):
+    """Features [B, size * size, width] of a square of tokens, row by row, to one logit per sample [B]; size at least 2."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.size, self.head = size, FeatureHead(width, size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.head(features.unflatten(1, (self.size, self.size)).movedim(-1, 1))
+        return logits
+
+
 class FeatureHead(nn.Module):
     """Features [B, width, h, w], h and w at least 2, to one logit per sample [B]."""
 

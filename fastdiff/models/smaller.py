@@ -21,12 +21,13 @@ from fastdiff.models.mlp import TimeMLP
 
 
 def smaller(network: nn.Module, *, width: float = 0.5, layers: int | None = None) -> nn.Module:
-    """A network like ``network`` with ``width`` times its channels and ``layers`` layers a block (None: as many).
+    """A network like ``network`` with ``width`` times its channels and ``layers`` layers (a block, of a UNet; None: as many).
 
-    Widths are rounded up to what the network's norm groups and attention heads divide. Parameters fall about as ``width**2``.
+    Widths are rounded up to what the network's norm groups divide and to whole attention heads. Parameters fall about as
+    ``width**2``.
 
     Raises:
-        UserError: another kind of network than UNet2DConditionModel or TimeMLP, or a width outside (0, 1].
+        UserError: another kind of network than UNet2DConditionModel, SanaTransformer2DModel or TimeMLP, or a width outside (0, 1].
     """
     if not 0 < width <= 1 or (layers is not None and layers < 1):
         raise UserError(f"width {width} and layers {layers}: a smaller network has a width in (0, 1] and at least one layer.")
@@ -34,6 +35,8 @@ def smaller(network: nn.Module, *, width: float = 0.5, layers: int | None = None
         small: nn.Module = _mlp(network, width, layers)
     elif type(network).__name__ in {"UNet2DConditionModel", "UNet2DModel"}:
         small = _unet(network, width, layers)
+    elif type(network).__name__ == "SanaTransformer2DModel":
+        small = _sana(network, width, layers)
     else:
         raise UserError(
             f"no rule for a smaller {type(network).__name__}: build a network that takes the same inputs, and hand it over with "
@@ -54,8 +57,20 @@ def _unet(network: Any, width: float, layers: int | None) -> nn.Module:
     changes: dict[str, Any] = {"block_out_channels": channels}
     if layers is not None:
         changes["layers_per_block"] = layers
+    return _like(network, changes)
+
+
+def _sana(network: Any, width: float, layers: int | None) -> nn.Module:
+    config = network.config
+    heads, across = (math.ceil(config[name] * width) for name in ("num_attention_heads", "num_cross_attention_heads"))
+    inner = heads * config.attention_head_dim
+    changes = {"num_attention_heads": heads, "num_cross_attention_heads": across, "cross_attention_dim": inner}
+    return _like(network, {**changes, "num_layers": layers or config.num_layers})
+
+
+def _like(network: Any, changes: dict[str, Any]) -> nn.Module:
     with torch.device(network.device):
-        small: nn.Module = type(network).from_config(config, **changes)
+        small: nn.Module = type(network).from_config(network.config, **changes)
     return small if small.dtype == network.dtype else small.to(network.dtype)
 
 

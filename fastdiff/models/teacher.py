@@ -25,7 +25,7 @@ from fastdiff.models.families.base import Family
 from fastdiff.models.families.module import Module
 from fastdiff.models.law import Law, LawDenoiser
 
-BUNDLED = {"fashion": Path(__file__).parent.parent / "assets" / "fashion"}
+BUNDLED = {name: Path(__file__).parent.parent / "assets" / name for name in ("fashion", "fashion-flow")}
 
 
 class Teacher:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.process import DiscreteVP
 from fastdiff.errors import UserError
 from fastdiff.files import aside
 from fastdiff.models.denoiser import Denoiser
@@ -38,7 +39,8 @@ torch.set_num_threads(threads)
 pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=True)  # ours, just written
 pipeline.set_progress_bar_config(disable=True)
 calls = []
-pipeline.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+network = getattr(pipeline, "unet", None) or pipeline.transformer
+network.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
 prompts = json.load(open(given + ".json"))
 draws = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
 noise = load_file(given + ".safetensors")["noise"]
@@ -93,9 +95,9 @@ class Schedule:
     """What a student is told that was trained at many scales; None for all others, which have no such input."""
 
     @property
-    def call(self) -> dict[str, float]:
+    def call(self) -> dict[str, Any]:
         """What the exported pipeline must be told besides the prompt: nothing, if its class leaves that choice to its folder."""
-        steps, told = len(self.times), dict[str, float]()
+        steps, told = len(self.times), dict[str, Any]()
         if self.sampler == "consistency" and steps not in {1, LCM_STEPS}:
             told["num_inference_steps"] = steps
         return told if self.guidance_scale is None else told | {"guidance_scale": self.guidance_scale}
@@ -119,6 +121,25 @@ class Schedule:
         config = teacher.pipeline.scheduler.config
         return LatentConsistencyModelPipeline, lcm_scheduler(config, times, len(table), self.original_steps)
 
+    def components(self, network: Any) -> dict[str, Any]:
+        """What that class is given in place of the teacher's parts: the student's network, and options of its own."""
+        unet = without_guidance(network) if guidance_width(network) is None else network
+        return {"unet": unet, "requires_safety_checker": False}
+
+    def extras(self, teacher: Teacher, pipeline: Any, folder: Path, prompt: str) -> str:
+        """Write further files beside the pipeline's own and return what the card says about them."""
+        from diffusers import LCMScheduler
+
+        add_slow_files(folder / "tokenizer")
+        if len(self.times) == 1:
+            options = {"original_inference_steps": 1, "timestep_spacing": "leading"}
+            plain = LCMScheduler.from_config(teacher.pipeline.scheduler.config, **options)
+            plain.save_pretrained(folder / "scheduler_lcm")
+        if type(pipeline) is not type(teacher.pipeline):
+            return ""
+        shutil.copyfile(Path(__file__).with_name("negative.py"), folder / NEGATIVE)  # its class has that pipeline's call
+        return _NEGATIVE.format(prompt=prompt, negative=NEGATIVE)
+
     def card(self) -> dict[str, str]:
         """What the model card says about it."""
         steps, times = len(self.times), ", ".join(map(str, self.times))
@@ -141,7 +162,7 @@ def check_exportable(teacher: Teacher) -> None:
     """
     if teacher.pipeline is None:
         return
-    if teacher.process.alpha(torch.tensor(int(teacher.process.t_max))) == 0:
+    if isinstance(teacher.process, DiscreteVP) and teacher.process.alpha(torch.tensor(int(teacher.process.t_max))) == 0:
         raise UserError(
             f"the last time of {teacher.name} has no signal (zero-terminal SNR): the stock scheduler that makes one step of a bare "
             "call cannot be configured for it, and the student could not be saved. Such teachers are not supported yet."
@@ -223,29 +244,16 @@ def export_pipeline(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    from diffusers import LCMScheduler
-
     from fastdiff._version import __version__
 
-    components = dict(teacher.pipeline.components)
-    kind, components["scheduler"] = schedule.parts(teacher)
-    components["unet"] = without_guidance(network) if guidance_width(network) is None else network
-    pipeline = kind(**components, requires_safety_checker=False)
+    kind, scheduler = schedule.parts(teacher)
+    pipeline = kind(**{**teacher.pipeline.components, "scheduler": scheduler, **schedule.components(network)})
     pipeline.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     try:
         pipeline.save_pretrained(aside, safe_serialization=True)
-        add_slow_files(aside / "tokenizer")
-        if len(schedule.times) == 1:
-            plain = LCMScheduler.from_config(
-                teacher.pipeline.scheduler.config, original_inference_steps=1, timestep_spacing="leading"
-            )
-            plain.save_pretrained(aside / "scheduler_lcm")
-        extra = ""
-        if kind is type(teacher.pipeline):  # the file's class has that pipeline's call
-            shutil.copyfile(Path(__file__).with_name("negative.py"), aside / NEGATIVE)
-            extra = _NEGATIVE.format(prompt=prompt, negative=NEGATIVE)
+        extra = schedule.extras(teacher, pipeline, aside, prompt)
         facts = {"method": note["method"], "teacher": teacher.name, "version": __version__, "prompt": prompt, "extra": extra}
         card = _CARD.format(**facts, **schedule.card())
         (aside / "README.md").write_text(card, encoding="utf-8")

@@ -17,24 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.models.families import FAMILIES
+
 BARE_STEPS = 50
 """What StableDiffusionPipeline takes without being asked."""
 LCM_STEPS = 4
 """What LatentConsistencyModelPipeline takes."""
 
 
-def own_call(pipeline: Any) -> dict[str, float]:
-    """What an exported pipeline must be told besides the prompt, by ``call`` in the ``fastdiff.json`` of the folder it is of.
+def own_call(pipeline: Any) -> dict[str, Any]:
+    """What a pipeline must be told besides the prompt: ``call`` in the ``fastdiff.json`` of the folder it is of.
 
-    A folder without that note has only its scheduler to tell: LCM folders were distilled on as many times as they shall visit; on
-    diffusers' own 50 of them a bare call is left as it is.
+    Without that note, what its family's call needs to draw at all; and of LCM folders, whose scheduler was distilled on as many
+    times as it shall visit, their number of steps: on diffusers' own 50 of them a bare call is left as it is.
     """
     folder = pipeline.config.get("_name_or_path")
     note = Path(folder or "", "fastdiff.json")
     if folder and note.is_file():
-        call: dict[str, float] | None = json.loads(note.read_text(encoding="utf-8")).get("call")
+        call: dict[str, Any] | None = json.loads(note.read_text(encoding="utf-8")).get("call")
         if call is not None:
             return call
+    if own := next((family(pipeline).call for family in FAMILIES if type(pipeline).__name__ in family.pipelines), {}):
+        return own
     trained = getattr(pipeline, "scheduler", None) and pipeline.scheduler.config.get("original_inference_steps")
     lcm = type(pipeline).__name__ == "LatentConsistencyModelPipeline"
     return {"num_inference_steps": int(trained)} if lcm and trained not in {None, LCM_STEPS, BARE_STEPS} else {}

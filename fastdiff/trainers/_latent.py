@@ -26,6 +26,7 @@ from fastdiff.losses import consistency, latent_consistency, reduce
 from fastdiff.models.roles import Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import Schedule
+from fastdiff.pipelines.flow import schedule_of
 from fastdiff.trainers._regression import StoredPairs
 from fastdiff.trainers.method import Batch
 from fastdiff.trainers.trajectory import Sampler
@@ -67,7 +68,7 @@ class LatentConsistency(StoredPairs):
         return lcm_times(self.steps, self.original_steps, LEVELS)
 
     def schedule(self, teacher: Teacher) -> Schedule:
-        return Schedule(self.timesteps(teacher), self.sampler, original_steps=self.original_steps)
+        return schedule_of(teacher, self.timesteps(teacher), self.sampler, original_steps=self.original_steps)
 
     def updates(self, step: int) -> tuple[str, ...]:
         return ("student",)

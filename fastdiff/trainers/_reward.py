@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdiff.errors import UserError
 from fastdiff.losses import reduce
 from fastdiff.models.clip import BUNDLED_CLIP, load_clip
-from fastdiff.models.teacher import Teacher
+from fastdiff.models.teacher import BUNDLED, Teacher
 from fastdiff.trainers._variational import VariationalMethod
 from fastdiff.trainers.method import Batch, Preparation
 
@@ -58,7 +58,7 @@ class RewardedMethod(VariationalMethod):
                 f"{teacher.name} decodes to {tuple(shown.shape[1:])}, no RGB picture: a CLIP cannot look at it. Set clip_weight to "
                 "0, or pass decode= to Teacher.from_module."
             )
-        if self.clip in BUNDLED_CLIP and self.clip != teacher.name:
+        if self.clip in BUNDLED_CLIP and teacher.name not in BUNDLED:
             raise UserError(
                 f"the bundled CLIP knows the pictures of the teacher {self.clip} only, and would send those of {teacher.name} "
                 "anywhere. Pass clip, such as ViT-B-32/openai, or set clip_weight to 0."

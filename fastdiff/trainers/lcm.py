@@ -24,6 +24,7 @@ from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import Schedule
+from fastdiff.pipelines.flow import schedule_of
 from fastdiff.trainers._latent import LatentConsistency
 from fastdiff.trainers.method import Batch, Calls, Paper, Trial
 from fastdiff.trainers.trajectory import Generators
@@ -98,7 +99,8 @@ class LCM(LatentConsistency):
 
     def schedule(self, teacher: Teacher) -> Schedule:
         scale = self.sample_scale if self.embeds else None
-        return Schedule(self.timesteps(teacher), self.sampler, self.original_steps, guidance_scale=scale)
+        options = {"original_steps": self.original_steps, "guidance_scale": scale}
+        return schedule_of(teacher, self.timesteps(teacher), self.sampler, **options)
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
         guided = 1 if self.guidance_range == (1, 1) else 2

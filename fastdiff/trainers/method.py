@@ -31,6 +31,7 @@ from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import Schedule, export_student
+from fastdiff.pipelines.flow import schedule_of
 from fastdiff.trainers.draws import Draws
 from fastdiff.trainers.trajectory import Generators, Sampler, own_generators, trajectory
 
@@ -266,7 +267,7 @@ class Method(ABC):
 
     def schedule(self, teacher: Teacher) -> Schedule:
         """What the exported pipeline must do."""
-        return Schedule(self.timesteps(teacher), self.sampler)
+        return schedule_of(teacher, self.timesteps(teacher), self.sampler)
 
     def validate(self, teacher: Teacher) -> None:
         """Refuse, with the reason, a teacher this method cannot use."""

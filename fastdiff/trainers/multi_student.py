@@ -87,6 +87,11 @@ class MultiStudent:
                 raise UserError(
                     f"stage {name} trains students of {len(stage.method.levels())} steps: the routing pipeline makes one."
                 )
+        if self.teacher.pipeline is not None and not hasattr(self.teacher.pipeline, "unet"):
+            raise UserError(
+                f"{self.teacher.name} is a {type(self.teacher.pipeline).__name__}: the routing pipeline is Stable Diffusion's with "
+                "several UNets, and the trained students would fit into none. Distil one student of it."
+            )
 
     def train(self, students: Sequence[int] | None = None) -> Any:
         """Train ``students`` (all by default); once every student is there, export and verify.

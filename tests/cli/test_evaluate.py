@@ -63,13 +63,14 @@ def test_wrong_options_are_one_line(words, expected, stranger, capsys):
 
 
 def test_the_world_is_known_by_its_vocabulary(stranger):
-    from fastdiff.data.fashion import tokenizer
+    from fastdiff.data.fashion import gemma_tokenizer, tokenizer
     from fastdiff.models.teacher import load_pipeline
 
     pipeline = load_pipeline(stranger)
     assert not of_the_world(pipeline)
-    pipeline.tokenizer = tokenizer()
-    assert of_the_world(pipeline)
+    for known in (tokenizer(), gemma_tokenizer()):
+        pipeline.tokenizer = known
+        assert of_the_world(pipeline)
 
 
 def test_a_folder_that_is_not_there_is_blamed_and_not_the_teacher(stranger, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_unet
+from tiny import tiny_sana, tiny_unet
 from torch import nn
 
 from fastdiff.errors import UserError
@@ -26,6 +26,19 @@ def test_width_one_is_the_network_itself() -> None:
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 16, 32))
     with torch.no_grad():
         assert torch.equal(smaller(large, width=1.0)(*inputs).sample, large(*inputs).sample)
+
+
+def test_a_transformer_keeps_every_second_head_and_its_first_layers() -> None:
+    large = tiny_sana().transformer
+    inputs = (torch.randn(2, 4, 8, 8), torch.randn(2, 9, 32), torch.tensor([3.0, 900.0]))
+    with torch.no_grad():
+        assert torch.equal(smaller(large, width=1.0)(*inputs).sample, large(*inputs).sample)
+    small = smaller(large, width=0.5, layers=3)
+    assert (small.config.num_attention_heads, len(small.transformer_blocks)) == (1, 3)
+    assert torch.equal(small.transformer_blocks[2].attn2.to_k.weight, large.transformer_blocks[2].attn2.to_k.weight[::2, ::2])
+    shift = slice(0, 32, 2)  # the first of six parts of the modulation, each of the width of the network
+    assert torch.equal(small.time_embed.linear.weight[:16], large.time_embed.linear.weight[shift, ::2])
+    assert torch.isfinite(small(*inputs).sample).all()
 
 
 def test_widths_are_rounded_up_to_norm_groups_and_heads() -> None:

@@ -31,7 +31,7 @@ from short_runs import (
     variants,
     variants_of,
 )
-from tiny import tiny_teacher
+from tiny import tiny_flow_teacher, tiny_teacher
 from torch import Tensor
 
 from fastdiff import Trainer
@@ -397,6 +397,7 @@ def _under(process: NoiseProcess, prediction_type: str) -> Callable[[], Teacher]
 BACKBONES: dict[str, Callable[[], Teacher]] = {
     "unet-epsilon": tiny_teacher,
     "unet-v": lambda: tiny_teacher(prediction_type="v_prediction"),
+    "sana": tiny_flow_teacher,
     "law": _law,
     "module": _module,
     "flow": _under(RectifiedFlow(), "flow_prediction"),

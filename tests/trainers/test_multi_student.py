@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from short_runs import tensors_of
-from tiny import tiny_teacher
+from tiny import tiny_flow_teacher, tiny_teacher
 
 from fastdiff import Teacher, Trainer
 from fastdiff.data.partition import Partition
@@ -185,6 +185,12 @@ def test_stages_that_would_make_all_students_the_same_are_refused(shared: tuple[
     stages = {str(i): Stage(method=DM, config=Config(), shared=value) for i, value in enumerate(shared)}
     with pytest.raises(UserError, match="shared"):
         students(tmp_path, 3, stages)
+
+
+def test_a_teacher_whose_students_no_pipeline_routes_is_refused_before_the_training(tmp_path: Path) -> None:
+    stages = {"dm": Stage(method=DM, config=Config.of(**OPTIONS))}
+    with pytest.raises(UserError, match="fashion-flow is a SanaPipeline"):
+        MultiStudent(teacher=tiny_flow_teacher(), partition=Partition.by_class(LABELS, 2), stages=stages, folder=tmp_path)
 
 
 def test_a_student_that_is_not_there_is_refused(tmp_path: Path) -> None:

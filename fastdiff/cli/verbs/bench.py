@@ -15,7 +15,7 @@ from fastdiff.errors import UserError
 @dataclass(kw_only=True)
 class Options:
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DIR_OR_ID [DIR_OR_ID ...]")]
-    """Folders written by fastdiff or diffusers, hub ids, or the bundled teacher `fashion`."""
+    """Folders written by fastdiff or diffusers, hub ids, or a bundled teacher, `fashion` or `fashion-flow`."""
     steps: tuple[int, ...] = ()
     """Inference steps, a row each; by default what a bare call takes."""
     guidance_scale: float | None = None

@@ -4,9 +4,10 @@ from typing import Any
 
 from fastdiff.errors import UserError
 from fastdiff.models.families.base import Family
+from fastdiff.models.families.sana import Sana
 from fastdiff.models.families.stable_diffusion import StableDiffusion
 
-FAMILIES: tuple[type[StableDiffusion], ...] = (StableDiffusion,)
+FAMILIES: tuple[type[StableDiffusion] | type[Sana], ...] = (StableDiffusion, Sana)
 
 
 def family_of(pipeline: Any) -> Family:

@@ -75,6 +75,11 @@ class Family(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no network that is told its guidance scale.")
 
+    @property
+    def call(self) -> dict[str, Any]:
+        """What the pipeline's call must be told besides prompts to draw samples of ``latent_shape``; mostly nothing."""
+        return {}
+
     def networks(self) -> list[nn.Module]:
         """Every network that has a part in what the teacher makes of a prompt."""
         if self.pipeline is None:

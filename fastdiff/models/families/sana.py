@@ -1,0 +1,108 @@
+"""SANA: a linear-attention transformer on the latents of a deep-compression autoencoder, text by Gemma 2, rectified flow.
+
+Network call ``transformer(x_t, states, 1000 t, encoder_attention_mask=mask)``, predicting ``v = eps - x0``; latents are
+``scaling_factor`` times the autoencoder's. A condition holds text states [B, L, C] and their mask [B, L]. Prompts are encoded under
+the instruction that the pipeline's call puts before them by default; the empty one without it, as its negative prompt is.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.diffusion.process import NoiseProcess, RectifiedFlow
+from fastdiff.diffusion.schedulers import process_from_scheduler
+from fastdiff.models.denoiser import Network
+from fastdiff.models.discriminator import TokenHead
+from fastdiff.models.families.base import Family
+
+
+class Sana(Family):
+    """What the rest of fastdiff needs to know about a SanaPipeline."""
+
+    pipelines = ("SanaPipeline",)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    @property
+    def backbone(self) -> nn.Module:
+        network: nn.Module = self.pipeline.transformer
+        return network
+
+    def process(self) -> tuple[NoiseProcess, str]:
+        process, prediction_type = process_from_scheduler(self.pipeline.scheduler)
+        if not isinstance(process, RectifiedFlow):
+            raise ValueError(
+                f"its scheduler describes a {type(process).__name__}, no rectified flow; SANA's network predicts the "
+                "velocity of one and would be run at times it never saw."
+            )
+        return process, prediction_type
+
+    def network(self, backbone: nn.Module) -> Network:
+        scale = self.pipeline.transformer.config.timestep_scale
+
+        def call(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+            dtype = next(backbone.parameters()).dtype
+            states, mask = cond["states"].to(dtype), cond["mask"]
+            output: Tensor = backbone(x_t.to(dtype), states, t * scale, encoder_attention_mask=mask, return_dict=False)[0]
+            return output[:, : x_t.shape[1]]  # a learned variance, if any, comes after the velocity
+
+        return call
+
+    def bottleneck(self, backbone: nn.Module) -> nn.Module:
+        blocks: Any = backbone.transformer_blocks
+        block: nn.Module = blocks[(len(blocks) - 1) // 2]
+        return block
+
+    def head(self) -> nn.Module:
+        config = self.pipeline.transformer.config
+        return TokenHead(config.num_attention_heads * config.attention_head_dim, config.sample_size // config.patch_size)
+
+    def time_embedding(self, backbone: nn.Module) -> tuple[nn.Module, int]:
+        time: Any = backbone.time_embed
+        layer = getattr(time, "emb", time).timestep_embedder
+        return layer, int(layer.linear_2.out_features)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self.pipeline.transformer.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The network's own size, and the window of a tokenizer that has one.
+
+        The pipeline would draw 1024 pixels, by a table of sizes that knows four networks only; and it fills up 300 text states with
+        masked ones, which change nothing and cost most of a small network's time.
+        """
+        side = self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
+        found = {"height": side, "width": side, "use_resolution_binning": False}
+        window = self.pipeline.tokenizer.model_max_length
+        return found if window >= self._default("max_sequence_length") else {**found, "max_sequence_length": window}
+
+    def _default(self, name: str) -> Any:
+        return inspect.signature(self.pipeline.__call__).parameters[name].default
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Prompts to text states and mask, as the pipeline's call makes them; ``""`` is its negative prompt."""
+        device = next(self.pipeline.text_encoder.parameters()).device
+        length = self.call.get("max_sequence_length", self._default("max_sequence_length"))
+        options = {"device": device, "max_sequence_length": length}
+        instruction = self._default("complex_human_instruction")
+        states, mask, *_ = self.pipeline.encode_prompt(prompts, False, complex_human_instruction=instruction, **options)
+        if not all(prompts):
+            null = self.pipeline.encode_prompt([""], False, **options)
+            empty = torch.tensor([not prompt for prompt in prompts], device=device)
+            states = torch.where(empty[:, None, None], null[0], states)
+            mask = torch.where(empty[:, None], null[1], mask)
+        return {"states": states, "mask": mask}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images [B, 3, H, W] in [0, 1], float32; a value that was clamped has no gradient."""
+        vae = self.pipeline.vae
+        images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)

@@ -63,7 +63,7 @@ def new_pipeline(vae: AutoencoderDC) -> SanaPipeline:
         text_encoder=Gemma2Model(text),
         vae=vae,
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastdiff.eval.subject import Subject
 
 
-_OWN = {"fashion": (25, 3.0), "fashion-flow": (25, 3.0)}  # steps and guidance of bundled teachers, whose folders cannot say them
+_OWN = {"fashion": (25, 3.0), "fashion-flow": (25, 2.0)}  # steps and guidance of bundled teachers, whose folders cannot say them
 
 
 @dataclass(kw_only=True)
@@ -59,7 +59,7 @@ def subjects(
 ) -> "list[tuple[str, Subject]]":
     """A subject for each row, with the name of its folder: students bare, others at each number of ``steps``.
 
-    None leaves steps or guidance to the pipeline, whose call then gets none of it; bundled teachers have 25 and 3. All draw
+    None leaves steps or guidance to the pipeline, whose call then gets none of it; bundled teachers have 25 and 3 or 2. All draw
     images of ``resolution``. The ``scheduler`` is that of the others: a student's is part of what was trained.
     """
     from fastdiff.eval.sources import image_folder, is_student, open_source

@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from fastdiff import Teacher, Trainer
+from fastdiff.pipelines.few_step import own_call
 from fastdiff.trainers import Consistency
 
 
@@ -33,7 +34,7 @@ def main(
     )
     trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed)
     pipeline = trainer.train()
-    pipeline(trainer.prompts.prompts[0], num_inference_steps=steps).images[0].save(output / "sample.png")
+    pipeline(trainer.prompts.prompts[0], **own_call(pipeline)).images[0].save(output / "sample.png")
     print(trainer.result)
 
 

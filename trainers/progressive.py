@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from fastdiff import Teacher, Trainer
+from fastdiff.pipelines.few_step import own_call
 from fastdiff.trainers import ProgressiveDistillation
 from fastdiff.trainers.config import Config
 
@@ -30,7 +31,7 @@ def main(
     config = Config(max_steps=rounds * round_steps, output_dir=output, lr_schedule="constant", ema_decay=0.98, seed=seed)
     trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, config=config)
     pipeline = trainer.train()
-    pipeline(trainer.prompts.prompts[0]).images[0].save(output / "sample.png")
+    pipeline(trainer.prompts.prompts[0], **own_call(pipeline)).images[0].save(output / "sample.png")
     print(trainer.result)
 
 

@@ -65,21 +65,33 @@ def check(options: Options) -> None:
         raise UserError(f"--output {options.output} does not end like an image file; use a name such as grid.png.")
 
 
-def check_student(pipeline: str, steps: int | None) -> None:
-    """Refuse other steps of a student whose scheduler makes its own whatever is asked for, or others than it was trained for."""
+def check_student(pipeline: str, steps: int | None, guidance_scale: float | None = None) -> None:
+    """Refuse other steps, or another guidance, of a student than it was trained for."""
     note = Path(pipeline) / "fastdiff.json"
-    if steps is None or not note.is_file():
+    if not note.is_file():
         return
     facts = json.loads(note.read_text(encoding="utf-8"))
+    if guidance_scale is not None:
+        _check_guidance(pipeline, guidance_scale, facts)
     trained, told = facts.get("num_inference_steps"), facts.get("call", {}).get("num_inference_steps")
     index = json.loads((Path(pipeline) / "model_index.json").read_text(encoding="utf-8"))
-    if index["_class_name"] == "LatentConsistencyModelPipeline" or steps == trained == 1 or steps == told:
+    lcm = index["_class_name"] == "LatentConsistencyModelPipeline"
+    if steps is None or lcm or steps == trained == 1 or steps == told:
         return
     what = "one step, and" if trained == 1 else f"{trained} steps, which its folder makes of a bare call, and"
     why = "nothing" if trained == 1 else "their number to one it was not trained for"
     if told is not None:  # the folder does not know, and takes whatever it is told
         what, why = f"{trained} step{'' if trained == 1 else 's'}, and", "its times to ones it was not trained for"
     raise UserError(f"{pipeline} is a student of {what} --steps {steps} would change {why}: leave --steps out.")
+
+
+def _check_guidance(pipeline: str, scale: float, facts: dict[str, Any]) -> None:
+    """A student that is told its scale was trained in a range; all others have their guidance in themselves."""
+    told = facts.get("guidance_range")
+    low, high = told or (1.0, 1.0)
+    if not low <= scale <= high:
+        what = f"at guidance {low:g} to {high:g}" if told else "for no guidance in its call: what its teacher had is its own"
+        raise UserError(f"{pipeline} was trained {what}, and --guidance-scale {scale:g} is none of that: leave it out.")
 
 
 def draw(pipeline: Any, options: Options) -> "Tensor":
@@ -131,7 +143,7 @@ def run(argv: Sequence[str]) -> int:
 
     chosen = parse(options, argv, command="sample", description="Draw images from a saved pipeline into a grid.")
     check(chosen)
-    check_student(chosen.pipeline, chosen.steps)
+    check_student(chosen.pipeline, chosen.steps, chosen.guidance_scale)
     from fastdiff.data.images import save_grid
     from fastdiff.files import aside
 

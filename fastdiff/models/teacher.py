@@ -220,9 +220,9 @@ def load_pipeline(name: str | Path, *, dtype: torch.dtype | None = None, blank: 
     except (OSError, ValueError, AttributeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 300 else f"{reason[:300].rsplit(' ', 1)[0]} ..."
-        what = "Check that the folder is complete, or save it again."
         if not folder.exists():
-            what = f"There is no folder {name} here, and as a hub id it could not be fetched."
+            raise UserError(f"there is no folder {name} here, and as a hub id it could not be fetched: {reason}") from error
+        what = "Check that the folder is complete, or save it again."
         raise UserError(f"cannot load the pipeline {name}: {reason} {what}") from error
     networks = [(key, part) for key, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
     holes = [f"{key}.{parameter}" for key, part in networks for parameter, value in part.named_parameters() if value.is_meta]

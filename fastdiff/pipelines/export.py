@@ -53,7 +53,7 @@ _CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
-A {method} student of `{teacher}`, trained with fastdiff {version}: {calls} per image, {guidance}.
+A student of `{teacher}` by `{method}`, trained with fastdiff {version}: {calls} per image, {guidance}.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -66,6 +66,7 @@ _NEGATIVE = """A negative prompt, still without a second network call (NASA or N
 and diffusers alone):
 
 ```python
+from diffusers import DiffusionPipeline
 folder = "path/to/this/folder"
 pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=f"{{folder}}/{negative}", trust_remote_code=True)
 pipeline("{prompt}", negative_prompt="red", nasa_scale=0.1).images[0]
@@ -93,6 +94,8 @@ class Schedule:
     """Of the grid that a consistency student was distilled on, where it visits only some of them."""
     guidance_scale: float | None = None
     """What a student is told that was trained at many scales; None for all others, which have no such input."""
+    guidance_range: tuple[float, float] | None = None
+    """Those scales."""
 
     @property
     def call(self) -> dict[str, Any]:
@@ -145,9 +148,12 @@ class Schedule:
         steps, times = len(self.times), ", ".join(map(str, self.times))
         few = _DDIM if self.sampler == "ddim" else (_LCM if self.original_steps is None else _LCM_GRID)
         text = _ONE_STEP if steps == 1 else few
+        guidance = "no guidance"
+        if self.guidance_range is not None:
+            guidance = "guidance is an input of the network, {:g} to {:g}".format(*self.guidance_range)
         return {
             "calls": "one network call" if steps == 1 else f"{steps} network calls",
-            "guidance": "no guidance" if self.guidance_scale is None else "guidance is an input of the network",
+            "guidance": guidance,
             "arguments": "".join(f", {key}={value}" for key, value in self.call.items()),
             "schedule": text.format(steps=steps, times=times, original=self.original_steps),
         }

@@ -26,7 +26,7 @@ The adapter alone, for the teacher's own pipeline or another fine-tuned one of i
 
 ```python
 from diffusers import LCMScheduler, StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("the teacher")
+pipeline = StableDiffusionPipeline.from_pretrained("path/to/the/teacher")
 pipeline.load_lora_weights("path/to/this/folder", weight_name="{lora}")
 pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
 pipeline("{prompt}", num_inference_steps={steps}, guidance_scale=1.0).images[0]

@@ -11,10 +11,14 @@ from fastdiff.trainers.config import Config
 from fastdiff.trainers.method import Method
 
 
-def checks(method: Method, teacher: Teacher) -> list[Callable[[], None]]:
-    """What method and teacher must pass together; each raises a UserError that says why it does not."""
+def checks(method: Method, teacher: Teacher, max_steps: int) -> list[Callable[[], None]]:
+    """What a run of ``max_steps`` iterations must pass; each raises a UserError that says why it does not.
+
+    The method's own reasons come before those of the export, which knows the consequence and not the setting.
+    """
     samples = [lambda: check_exportable(teacher), lambda: check_steps(method, teacher)] if method.delivers == "pipeline" else []
-    return [lambda: check_precision(teacher), *samples, lambda: method.validate(teacher)]
+    own = [lambda: method.check_length(max_steps), lambda: method.validate(teacher)]
+    return [lambda: check_precision(teacher), *own, *samples]
 
 
 def check_precision(teacher: Teacher) -> None:

@@ -170,7 +170,7 @@ def plan(
     if gpus < 1:
         raise UserError(f"gpus is {gpus}: it must be at least 1.")
     method, refusals = copy.copy(method), list[str]()
-    for check in [*checks(method, teacher), lambda: check_folder(config)]:
+    for check in [*checks(method, teacher, config.max_steps), lambda: check_folder(config)]:
         refusals += _refusal(check)
     read: list[str] = []
     refusals += _refusal(lambda: read.extend(read_prompts(prompts, teacher)))

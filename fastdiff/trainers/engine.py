@@ -78,7 +78,7 @@ class Trainer:
         self.method, self.teacher = method, teacher
         self.config = config or Config.of(**options)
         self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision, log_with=list(self.config.trackers) or None)
-        for check in checks(method, teacher):
+        for check in checks(method, teacher, self.config.max_steps):
             check()
         teacher.family.to(self.accelerator.device)
         self.prompts = PromptTable(read_prompts(prompts, teacher), teacher, part=part)
@@ -366,6 +366,7 @@ class Trainer:
             "num_inference_steps": len(schedule.times),
             "timesteps": schedule.times,
             "guidance_scale": schedule.guidance_scale or 1.0,
+            "guidance_range": schedule.guidance_range,
             "call": schedule.call,
             "run": self._identity(),
         }

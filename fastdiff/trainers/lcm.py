@@ -99,7 +99,8 @@ class LCM(LatentConsistency):
 
     def schedule(self, teacher: Teacher) -> Schedule:
         scale = self.sample_scale if self.embeds else None
-        options = {"original_steps": self.original_steps, "guidance_scale": scale}
+        options: dict[str, Any] = {"original_steps": self.original_steps, "guidance_scale": scale}
+        options["guidance_range"] = self.guidance_range if self.embeds else None
         return schedule_of(teacher, self.timesteps(teacher), self.sampler, **options)
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:

@@ -273,6 +273,10 @@ class Method(ABC):
         """Refuse, with the reason, a teacher this method cannot use."""
         del teacher
 
+    def check_length(self, max_steps: int) -> None:
+        """Refuse, with the number it needs, a run that is too short for this method's stages."""
+        del max_steps
+
     def sample(self, student: Denoiser, noise: Tensor, cond: Any, generators: Generators = None) -> Tensor:
         """x0 [B, ...] from unit noise [B, ...]: one call a level, with ``sampler`` between them.
 

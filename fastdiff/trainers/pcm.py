@@ -22,6 +22,8 @@ from torch import Tensor
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.process import LEVELS
 from fastdiff.diffusion.solvers import ddim_step
+from fastdiff.errors import UserError
+from fastdiff.models.teacher import Teacher
 from fastdiff.trainers.lcm import LCM
 from fastdiff.trainers.method import Paper, Trial
 from fastdiff.trainers.trajectory import Sampler
@@ -49,6 +51,16 @@ class PCM(LCM):
 
     original_steps: int = 40
     """Times that it is distilled at; the phases divide them."""
+
+    def validate(self, teacher: Teacher) -> None:
+        super().validate(teacher)
+        if teacher.pipeline is not None and self.original_steps % self.steps:
+            even = [n for n in range(self.steps, LEVELS, self.steps) if LEVELS % n == 0]
+            near = min(even, key=lambda n: abs(n - self.original_steps), default=self.steps)
+            raise UserError(
+                f"original_steps is {self.original_steps} and steps {self.steps}: the phases would be of unequal length, and no "
+                f"stock scheduler visits their edges. Give original_steps={near}."
+            )
 
     def levels(self) -> list[int]:
         skip = LEVELS // self.original_steps

@@ -6,9 +6,9 @@
 
 N is halved from round to round, ``start_steps`` / 2 down to ``steps``. The first round's teacher is the guided teacher, so that its
 guidance is part of the student and nothing is guided afterwards; the others are the averaged student of the round before, frozen.
-A round starts with a new optimiser and its learning rate falls linearly to 0 (paper: Adam, 1e-4, 50,000 iterations a round;
-recalled). x_t is made of the teacher's own stored results, where the papers take data. The guidance is one number: the first stage
-of Meng et al. (CVPR 2023), whose student is told it, is not here. Salimans & Ho, ICLR 2022, arXiv 2202.00512 (number recalled).
+A round starts with a new optimiser and its learning rate falls linearly to 0 (paper: Adam, 1e-4; recalled). x_t is made of the
+teacher's own stored results, where the papers take data. The guidance is one number: the first stage of Meng et al. (CVPR 2023),
+whose student is told it, is not here. Salimans & Ho, ICLR 2022, arXiv 2202.00512 (number recalled).
 """
 
 from collections.abc import Mapping
@@ -63,8 +63,8 @@ class ProgressiveDistillation(StoredPairs):
     """Steps of the teacher in the first round: ``steps`` times a power of two."""
     steps: int = 4
     """Steps of the last round's student."""
-    round_steps: int = 50_000
-    """Iterations of a round. The run must be long enough for all of them."""
+    round_steps: int = 500
+    """Iterations of a round (paper: 50,000; recalled). The run must be long enough for all of them."""
     lr: float = 1e-4
     """Learning rate at the start of each round; it falls linearly to 0, besides the engine's own schedule."""
     weighting: Literal["truncated", "snr+1"] = "truncated"
@@ -89,14 +89,19 @@ class ProgressiveDistillation(StoredPairs):
     def roles(self) -> dict[str, Role]:
         return {"student": Role(train="full", lr=self.lr), "previous": Role(train="average")}
 
-    def prepare(self, preparation: Preparation) -> None:
+    def check_length(self, max_steps: int) -> None:
         rounds = len(self.counts())
         needed = rounds * self.round_steps
-        if preparation.max_steps < needed:
+        if max_steps < needed:
             raise UserError(
-                f"max_steps is {preparation.max_steps} and {rounds} rounds of {self.round_steps} need {needed}: the "
-                f"student would not be one of {self.steps} steps. Give max_steps={needed}, or smaller round_steps."
+                f"max_steps is {max_steps} and {rounds} rounds of {self.round_steps} need {needed}: the student would not be one "
+                f"of {self.steps} steps. Give max_steps={needed}, or smaller round_steps."
             )
+
+    def prepare(self, preparation: Preparation) -> None:
+        needed = len(self.counts()) * self.round_steps
+        if preparation.max_steps > needed:
+            preparation.say(f"the rounds end after {needed} iterations; the rest has a learning rate of 0 and changes nothing.")
         super().prepare(preparation)
 
     def counts(self) -> list[int]:

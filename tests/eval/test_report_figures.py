@@ -223,3 +223,11 @@ def test_a_surface_of_wrong_rows_is_the_users_error():
     ):
         with pytest.raises(UserError, match=says):
             surface_svg(rows)
+
+
+@pytest.mark.parametrize(("log", "octaves"), [(True, False), (True, True), (False, False)])
+def test_a_range_too_narrow_for_round_values_has_ticks_all_the_same(log, octaves):
+    """Two students of equal cost are the usual comparison: 126.9 and 133.7 ms hold no 1, 2, 5 and no power of two."""
+    ticks = Scale(129.0, 134.0, 0, 100, log=log).ticks(octaves=octaves)
+    assert 2 <= len(ticks) <= 8
+    assert all(129 <= tick <= 134 for tick in ticks)

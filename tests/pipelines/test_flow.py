@@ -46,7 +46,7 @@ def test_three_times_are_always_a_setting_and_four_of_any_kind_are_not() -> None
 
 
 def test_the_process_decides_the_schedule() -> None:
-    assert schedule_of(tiny_flow_teacher(), [1.0], "ddim") == FlowSchedule([1.0], "ddim", SIZE)
+    assert schedule_of(tiny_flow_teacher(), [1.0], "ddim") == FlowSchedule([1.0], "ddim", size=SIZE)
     assert schedule_of(tiny_teacher(), [999], "ddim") == Schedule([999], "ddim")
 
 
@@ -99,8 +99,13 @@ def test_trained_students_are_verified_and_called_as_they_were_trained(name: str
     check_student(str(tmp_path), steps)
     with pytest.raises(UserError, match="leave --steps out"):
         check_student(str(tmp_path), 8)
+    check_student(str(tmp_path), None, 1.0)
+    with pytest.raises(UserError, match=r"--guidance-scale 7\.5"):
+        check_student(str(tmp_path), None, 7.5)
 
 
 def test_times_that_no_scheduler_visits_are_refused_before_the_training(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="begin at 1, pure noise"):
+    with pytest.raises(ValueError, match="begin at 1, pure noise"):
+        FlowSchedule([0.9, 0.45], "ddim").parts(tiny_flow_teacher())
+    with pytest.raises(UserError, match="start=1000"):  # the method's own reason, with its way out, comes first
         run_to(TDM(), tmp_path, 1, teacher=tiny_flow_teacher())  # from level 899

@@ -20,7 +20,7 @@ def flow_teacher() -> Teacher:
 
 
 def test_a_whole_teacher_passes_all_of_them() -> None:
-    for check in checks(ODEPairs(), tiny_teacher()):
+    for check in checks(ODEPairs(), tiny_teacher(), 9):
         check()
 
 
@@ -34,7 +34,7 @@ def test_half_precision_is_refused_with_the_way_out() -> None:
 def test_each_refusal_is_raised_by_exactly_its_own_check() -> None:
     """The flow teacher has no bottleneck: of all checks one refuses DMD2 with a GAN."""
     said = []
-    for check in checks(DMD2(gan_weight=0.1), flow_teacher()):
+    for check in checks(DMD2(gan_weight=0.1), flow_teacher(), 9):
         try:
             check()
         except UserError as error:

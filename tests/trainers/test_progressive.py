@@ -110,6 +110,14 @@ def test_steps_that_do_not_halve_are_refused(fields: dict[str, int]) -> None:
 def test_a_run_too_short_for_its_rounds_is_refused_with_the_number_it_needs(tmp_path: Path) -> None:
     from fastdiff import Trainer
 
-    run = Trainer(ProgressiveDistillation(start_steps=4, steps=1, round_steps=5), tiny_teacher(), output_dir=tmp_path, max_steps=9)
+    method = ProgressiveDistillation(start_steps=4, steps=1, round_steps=5)
     with pytest.raises(UserError, match="max_steps=10"):
-        run.train()
+        Trainer(method, tiny_teacher(), output_dir=tmp_path, max_steps=9)
+    assert Trainer(method, tiny_teacher(), output_dir=tmp_path, max_steps=10).method is method
+
+
+def test_iterations_beyond_the_rounds_are_said_to_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method = ProgressiveDistillation(start_steps=4, steps=1, round_steps=2, **PAIRS)
+    assert [method.lr_of("student", step) for step in (4, 5, 60)] == [0.0, 0.0, 0.0]
+    with started(method, tmp_path):
+        assert "the rounds end after 4 iterations" in capsys.readouterr().out

@@ -31,13 +31,14 @@ class Scale:
         if not self.log:
             return _linear_ticks(self.low, self.high)
         if octaves:
-            return _thinned([2.0**k for k in range(math.ceil(math.log2(self.low)), math.floor(math.log2(self.high)) + 1)])
+            powers = [2.0**k for k in range(math.ceil(math.log2(self.low)), math.floor(math.log2(self.high)) + 1)]
+            return _thinned(powers or _linear_ticks(self.low, self.high))
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for digits in ((1, 2, 5), (1,)):
             ticks = [m * 10.0**k for k in decades for m in digits if self.low <= m * 10.0**k <= self.high]
             if len(ticks) <= 8:
                 break
-        return _thinned(ticks)
+        return _thinned(ticks or _linear_ticks(self.low, self.high))  # a narrow range may hold no round value
 
 
 def text(x: float, y: float, value: str, *, kind: str = "ink", anchor: str = "start") -> str:

@@ -359,17 +359,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return None
         network, adapter = self._with_ema(lambda: (self._roles.merged("student"), self._roles.adapter("student")))
-        schedule = self.method.schedule(self.teacher)
-        note = {
-            "method": self.method.name(),
-            "teacher": self.teacher.name,
-            "num_inference_steps": len(schedule.times),
-            "timesteps": schedule.times,
-            "guidance_scale": schedule.guidance_scale or 1.0,
-            "guidance_range": schedule.guidance_range,
-            "call": schedule.call,
-            "run": self._identity(),
-        }
+        note = self.method.note(self.teacher) | {"run": self._identity()}
         self._roles.close()
         self._log.close_bar()
         delivered = self.method.deliver(Finished(self.teacher, network, self.folder, note, *self._fixed(_SHOWN), adapter))

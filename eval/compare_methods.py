@@ -5,7 +5,7 @@ A YAML file names the candidates; each value holds `method` and any fields of th
     pairs-3000: {method: ode-pairs, pairs: 3000, max_steps: 900}
 
 ``on: fashion-flow`` trains it from another teacher than ``fashion``.
-``also: [1, 2, 8]`` measures the same student at other numbers of steps too, as folders that the method would have exported for them.
+``also: [1, 2, 8]`` measures the same student at other numbers of steps too, each exported as the method would have.
 ``teacher: fashion`` in the place of a method measures a teacher itself, at ``steps`` and ``guidance_scale``, whatever the seed.
 ``begin: NAME`` begins the student from that of an earlier candidate of the same seed; its seconds are not counted again.
 Candidates of the same seed share their ODE pairs, if they ask for the same ones: only the first one's seconds hold their making.
@@ -17,7 +17,7 @@ import csv
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tyro
 import yaml
@@ -78,7 +78,8 @@ def train(settings: dict, seed: int, folder: Path) -> tuple[dict[str, Any], dict
     trainer = Trainer(method(**own), Teacher.from_pretrained(settings.get("on", "fashion")), config=config, start=start)
     students = {"": trainer.train()}
     for steps in settings.get("also", ()):
-        students[f"@{steps}"] = at_steps(dataclasses.replace(trainer.method, steps=steps), trainer.teacher, students[""], folder)
+        restepped = dataclasses.replace(cast(Any, trainer.method), steps=steps)
+        students[f"@{steps}"] = at_steps(restepped, trainer.teacher, students[""], folder)
     return students, trainer.result
 
 

@@ -116,7 +116,7 @@ def _calls(plan: "Plan") -> list[str]:
 
 
 def _facts(plan: "Plan") -> list[str]:
-    drawn = ", ".join(f"{name} {low}..{high}" for name, (low, high) in plan.noise_range.items()) or "none"
+    drawn = ", ".join(f"{name} {low}..{high}" for name, (low, high) in plan.noise_range.items()) or "none uniformly by level"
     times = ", ".join(map(str, plan.timesteps))
     export: dict[str, Any] = plan.export
     saved = (

@@ -301,7 +301,10 @@ class Trainer:
         changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if changed:
             shown = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in changed[:3])
-            raise UserError(f"cannot resume {path}: {shown}. The run would not repeat itself; give the same options.")
+            raise UserError(
+                f"cannot resume {path}: {shown}. The run would not repeat itself; give the same options, or "
+                "start another run in another --output."
+            )
         for name in self._roles.specs:
             self._roles.load(name, tensors[f"role.{name}"])
         for name, optimizer in self._optimizers.items():

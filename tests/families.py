@@ -1,4 +1,4 @@
-"""Tiny random networks and pipelines of the families that take negative prompts: UNet, PixArt, SANA and SD3."""
+"""Tiny random networks and pipelines of diffusers' families; ``FAMILIES`` are those that take negative prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,17 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from tiny import tiny_pipeline, tiny_unet
 from torch import Tensor
@@ -141,15 +146,85 @@ def _t5() -> tuple[Any, Any]:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=64), seeded(lambda: T5EncoderModel(config))
 
 
-def pixart_pipeline() -> PixArtAlphaPipeline:
+def pixart_pipeline(kind: type[Any] = PixArtAlphaPipeline) -> Any:
     tokenizer, encoder = _t5()
-    return PixArtAlphaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=seeded(_vae),
-        transformer=seeded(pixart),
-        scheduler=DDIMScheduler(),
+    return kind(tokenizer=tokenizer, text_encoder=encoder, vae=seeded(_vae), transformer=seeded(pixart), scheduler=DDIMScheduler())
+
+
+def pixart_sigma_pipeline() -> PixArtSigmaPipeline:
+    return pixart_pipeline(PixArtSigmaPipeline)
+
+
+def _clips() -> tuple[Any, Any, Any]:
+    """A tokenizer and two text encoders with a pooled output of 32."""
+    from transformers import CLIPTextModelWithProjection
+
+    clip = tiny_pipeline()
+    config = clip.text_encoder.config
+    config.projection_dim = 32
+    first, second = (seeded(lambda: CLIPTextModelWithProjection(config), seed) for seed in (0, 1))
+    return clip.tokenizer, first, second
+
+
+def sdxl_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
+    """Text states of both encoders side by side, 64 wide; micro-conditions of 8 values each."""
+    tokenizer, _, second = _clips()
+    unet = seeded(
+        lambda: UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(4, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+            cross_attention_dim=64,
+            norm_num_groups=8,
+        )
     )
+    return StableDiffusionXLPipeline(
+        vae=seeded(_vae),
+        text_encoder=tiny_pipeline().text_encoder.eval(),
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing"),
+    )
+
+
+def flux_pipeline(guidance_embeds: bool = True) -> FluxPipeline:
+    """Packed latents of 4 channels; its own size is 8 latent positions a side."""
+    tokenizer, encoder = _t5()
+    clip = tiny_pipeline()
+    transformer = seeded(
+        lambda: FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        )
+    )
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=seeded(lambda: _vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)),
+        text_encoder=clip.text_encoder.eval(),
+        tokenizer=clip.tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        transformer=transformer,
+    )
+    pipeline.default_sample_size = 8
+    return pipeline
 
 
 def sana_pipeline() -> SanaPipeline:
@@ -192,20 +267,16 @@ def sana_pipeline() -> SanaPipeline:
 
 
 def sd3_pipeline() -> StableDiffusion3Pipeline:
-    from transformers import CLIPTextModelWithProjection
-
     tokenizer, encoder = _t5()
-    clip = tiny_pipeline()
-    config = clip.text_encoder.config
-    config.projection_dim = 32
+    words, first, second = _clips()
     return StableDiffusion3Pipeline(
         transformer=seeded(sd3),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=seeded(lambda: _vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)),
-        text_encoder=seeded(lambda: CLIPTextModelWithProjection(config)),
-        tokenizer=clip.tokenizer,
-        text_encoder_2=seeded(lambda: CLIPTextModelWithProjection(config), 1),
-        tokenizer_2=clip.tokenizer,
+        text_encoder=first,
+        tokenizer=words,
+        text_encoder_2=second,
+        tokenizer_2=words,
         text_encoder_3=encoder,
         tokenizer_3=tokenizer,
     )

@@ -37,7 +37,8 @@ def own_call(pipeline: Any) -> dict[str, Any]:
         call: dict[str, Any] | None = json.loads(note.read_text(encoding="utf-8")).get("call")
         if call is not None:
             return call
-    if own := next((family(pipeline).call for family in FAMILIES if type(pipeline).__name__ in family.pipelines), {}):
+    own: dict[str, Any] = next((family(pipeline).call for family in FAMILIES if type(pipeline).__name__ in family.pipelines), {})
+    if own:
         return own
     trained = getattr(pipeline, "scheduler", None) and pipeline.scheduler.config.get("original_inference_steps")
     lcm = type(pipeline).__name__ == "LatentConsistencyModelPipeline"
@@ -68,23 +69,23 @@ def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, o
     return _checked(scheduler, times)
 
 
-def ddim_scheduler(alphas_cumprod: Tensor, times: Sequence[int], prediction_type: str) -> Any:
-    """A stock scheduler that makes DDIM steps through ``times`` to x0 when it is asked for 50 steps.
+def ddim_scheduler(alphas_cumprod: Tensor, times: Sequence[int], prediction_type: str, *, asked: int = BARE_STEPS) -> Any:
+    """A stock scheduler that makes DDIM steps through ``times`` to x0 when it is asked for ``asked`` steps.
 
     Args:
         alphas_cumprod: the teacher's table [T].
 
     Raises:
-        ValueError: times are not ``L - 1 - k L / K`` for some L, or K does not divide 50 L.
+        ValueError: times are not ``L - 1 - k L / K`` for some L, or K does not divide ``asked`` L.
     """
     from diffusers import DPMSolverMultistepScheduler
 
     last, k = times[0] + 1, len(times)
-    if k > BARE_STEPS or (BARE_STEPS * last) % k:
+    if k > asked or (asked * last) % k:
         raise ValueError(f"times {list(times)} are not one of every {k} of {last}.")
     table = alphas_cumprod.double()[:last]
     betas = 1 - table / torch.cat([torch.ones(1, dtype=torch.float64), table[:-1]])
-    total = BARE_STEPS * last // k
+    total = asked * last // k
     beyond = torch.full((total - last,), 0.01, dtype=torch.float64)
     options: dict[str, Any] = {
         "num_train_timesteps": total,
@@ -99,7 +100,7 @@ def ddim_scheduler(alphas_cumprod: Tensor, times: Sequence[int], prediction_type
     log_snr = DPMSolverMultistepScheduler(**options).lambda_t
     clip = float(log_snr[last - 1] + log_snr[last]) / 2 if total > last else -float("inf")
     scheduler = DPMSolverMultistepScheduler(**options, lambda_min_clipped=clip)
-    scheduler.set_timesteps(BARE_STEPS)
+    scheduler.set_timesteps(asked)
     return _checked(scheduler, times)
 
 

@@ -22,7 +22,7 @@ from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.guidance_embedding import guidance_width
 from fastdiff.models.teacher import Teacher
 from fastdiff.models.tokenizers import add_slow_files
-from fastdiff.pipelines.few_step import LCM_STEPS, ddim_scheduler, lcm_scheduler
+from fastdiff.pipelines.few_step import LCM_STEPS, ddim_scheduler, lcm_scheduler, plain_lcm
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
 
 TOLERANCE = 1e-5
@@ -132,13 +132,9 @@ class Schedule:
 
     def extras(self, teacher: Teacher, pipeline: Any, folder: Path, prompt: str) -> str:
         """Write further files beside the pipeline's own and return what the card says about them."""
-        from diffusers import LCMScheduler
-
         add_slow_files(folder / "tokenizer")
         if len(self.times) == 1:
-            options = {"original_inference_steps": 1, "timestep_spacing": "leading"}
-            plain = LCMScheduler.from_config(teacher.pipeline.scheduler.config, **options)
-            plain.save_pretrained(folder / "scheduler_lcm")
+            plain_lcm(teacher.pipeline.scheduler.config, original_inference_steps=1).save_pretrained(folder / "scheduler_lcm")
         if type(pipeline) is not type(teacher.pipeline):
             return ""
         shutil.copyfile(Path(__file__).with_name("negative.py"), folder / NEGATIVE)  # its class has that pipeline's call

@@ -9,6 +9,7 @@ trained at. The table of betas is the teacher's own up to the largest of them. A
 gives another number of times.
 """
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,19 +55,21 @@ def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, o
     Raises:
         ValueError: times are not ``solvers.lcm_times(K, original_steps)``; without a grid, ``T - 1 - k T / K``.
     """
-    from diffusers import LCMScheduler
-
-    scheduler = LCMScheduler.from_config(
-        config,
-        original_inference_steps=original_steps or len(times),
-        timestep_spacing="leading",
-        num_train_timesteps=num_train_timesteps,
-        clip_sample=False,
-        thresholding=False,
-        rescale_betas_zero_snr=False,
-    )
+    given = {"original_inference_steps": original_steps or len(times), "num_train_timesteps": num_train_timesteps}
+    scheduler = plain_lcm(config, **given, clip_sample=False, thresholding=False, rescale_betas_zero_snr=False)
     scheduler.set_timesteps(len(times))
     return _checked(scheduler, times)
+
+
+def plain_lcm(config: Any, **options: Any) -> Any:
+    """``LCMScheduler`` with leading spacing under the schedule of another scheduler's config.
+
+    Not by ``from_config``: it leaves out every value that was a default where it comes from, and LCM's own defaults are others.
+    """
+    from diffusers import LCMScheduler
+
+    names = inspect.signature(LCMScheduler.__init__).parameters
+    return LCMScheduler(**{**{k: v for k, v in config.items() if k in names}, "timestep_spacing": "leading", **options})
 
 
 def ddim_scheduler(alphas_cumprod: Tensor, times: Sequence[int], prediction_type: str, *, asked: int = BARE_STEPS) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.models.teacher import Teacher
+from fastdiff.models.tokenizers import add_slow_files
 from fastdiff.pipelines.export import Schedule
 from fastdiff.pipelines.few_step import ddim_scheduler, lcm_scheduler
 
@@ -49,7 +50,10 @@ class ToldSchedule(Schedule):
         return {self.part: network}
 
     def extras(self, teacher: Teacher, pipeline: Any, folder: Path, prompt: str) -> str:
-        del teacher, pipeline, folder, prompt
+        del teacher, prompt
+        for name, part in pipeline.components.items():
+            if "CLIPTokenizer" in type(part).__name__:
+                add_slow_files(folder / name)
         return ""
 
     def card(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdiff.diffusion.process import DiscreteVP, NoiseProcess
 from fastdiff.models.denoiser import Network
 from fastdiff.models.discriminator import TokenHead
-from fastdiff.models.families.base import Family, decoded, process_of, window
+from fastdiff.models.families.base import Family, decoded, default, process_of, window
 
 
 class PixArt(Family):
@@ -77,7 +77,8 @@ class PixArt(Family):
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Prompts to text states and mask, as the pipeline's call makes them."""
         device = next(self.pipeline.text_encoder.parameters()).device
-        options = {"device": device, "max_sequence_length": self.call["max_sequence_length"], "clean_caption": True}
+        clean = default(self.pipeline.__call__, "clean_caption")
+        options = {"device": device, "max_sequence_length": self.call["max_sequence_length"], "clean_caption": clean}
         states, mask, _, _ = self.pipeline.encode_prompt(prompts, False, **options)
         return {"states": states, "mask": mask}
 

@@ -22,8 +22,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tiny import tiny_pipeline, tiny_unet
+from tiny import tiny_pipeline, tiny_sana, tiny_unet
 from torch import Tensor
+
+from fastdiff.models.teacher import Teacher
 
 _HEADS = {"attention_head_dim": 8, "num_attention_heads": 4, "num_layers": 2, "sample_size": 8}
 _LETTERS = list("abcdefghijklmnopqrstuvwxyz")
@@ -280,3 +282,78 @@ def sd3_pipeline() -> StableDiffusion3Pipeline:
         text_encoder_3=encoder,
         tokenizer_3=tokenizer,
     )
+
+
+def wan_pipeline() -> Any:
+    """For videos of 5 frames of 32x32: two latent frames of 16 channels, 4x4."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    tokenizer, _ = _t5()
+    network = {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 32}
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_umt5(),
+        transformer=seeded(lambda: WanTransformer3DModel(**network, ffn_dim=48, num_layers=2, rope_max_seq_len=32)),
+        vae=seeded(lambda: AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+
+
+def ltx_pipeline() -> Any:
+    """For videos of 5 frames of 32x32: two latent frames of 8 channels, 8x8."""
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+
+    tokenizer, encoder = _t5()
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 32}
+    return LTXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        transformer=seeded(lambda: LTXVideoTransformer3DModel(in_channels=8, out_channels=8, num_layers=2, **heads)),
+        vae=seeded(
+            lambda: AutoencoderKLLTXVideo(
+                latent_channels=8,
+                block_out_channels=(8, 8, 8, 8),
+                decoder_block_out_channels=(8, 8, 8, 8),
+                layers_per_block=(1,) * 5,
+                decoder_layers_per_block=(1,) * 5,
+                spatio_temporal_scaling=(True, True, False, False),
+                decoder_spatio_temporal_scaling=(True, True, False, False),
+                patch_size=1,
+                patch_size_t=1,
+            )
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def _umt5() -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    vocabulary = 4 + len(_LETTERS)
+    config = UMT5Config(vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    return seeded(lambda: UMT5EncoderModel(config))
+
+
+SMALL = {"height": 32, "width": 32, "num_frames": 5}
+TEACHERS: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
+    "sd": (tiny_pipeline, {}),
+    "sdxl": (sdxl_pipeline, {}),
+    "sdxl-v": (lambda: sdxl_pipeline("v_prediction"), {}),
+    "sd3": (sd3_pipeline, {}),
+    "flux": (flux_pipeline, {}),
+    "flux-schnell": (lambda: flux_pipeline(guidance_embeds=False), {"height": 16, "width": 24}),
+    "pixart": (pixart_pipeline, {}),
+    "pixart-sigma": (pixart_sigma_pipeline, {}),
+    "sana": (tiny_sana, {}),
+    "wan": (wan_pipeline, SMALL),
+    "ltx": (ltx_pipeline, SMALL),
+}
+"""Pipelines of all families, and the size of their samples where the network knows none."""
+IMAGES = [name for name in TEACHERS if "num_frames" not in TEACHERS[name][1]]
+
+
+def family_teacher(name: str) -> Teacher:
+    make, size = TEACHERS[name]
+    pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    return Teacher(pipeline, name=name, size=size)

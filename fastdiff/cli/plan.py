@@ -133,7 +133,7 @@ def run(argv: Sequence[str]) -> int:
     from fastdiff.trainers._plan import plan
 
     quiet()
-    teacher = Teacher.planned(options.teacher)
+    teacher = Teacher.planned(options.teacher, size=options.size)
     planned = plan(method, teacher, config, prompts=options.prompts, gpus=options.gpus, sharding=options.sharding)
     print("\n".join(lines(planned)))
     if options.json:

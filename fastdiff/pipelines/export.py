@@ -45,7 +45,8 @@ for folder, given, call in map(json.loads, sys.argv[2:]):
     prompts = json.load(open(given + ".json"))
     draws = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     noise = load_file(given + ".safetensors")["noise"]
-    images = pipeline(prompts, latents=noise, generator=draws, output_type="pt", **call).images
+    made = pipeline(prompts, latents=noise, generator=draws, output_type="pt", **call)
+    images = made.frames if hasattr(made, "frames") else made.images
     save_file({"images": images.contiguous()}, given + ".out.safetensors")
 print(json.dumps(calls))
 """
@@ -284,7 +285,7 @@ def replace(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder, its call, and the images [B, 3, H, W] in [0, 1] that it must make of prompts and the pipeline's ``latents``."""
+    """A folder, its call, and the images [B, 3, H, W] or frames [B, F, 3, H, W] that it must make of prompts and ``latents``."""
 
     folder: Path
     schedule: Schedule

@@ -2,7 +2,8 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,10 @@ class Family(ABC):
     """Whether the pipeline hands its call's generators to the scheduler, so that noise between the steps can be repeated."""
     gives_sigmas: ClassVar[bool] = False
     """Whether the pipeline tells a flow scheduler its sigmas, evenly spaced, and does not leave them to it."""
+    sizes: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the pipeline's call that a sample's size depends on, where the network itself has none."""
+    size: Mapping[str, int] = MappingProxyType({})
+    """Values of some of ``sizes``, in the place of the call's defaults."""
     pipeline: Any = None
     """The diffusers pipeline, or None for a teacher that has none."""
 
@@ -88,6 +93,10 @@ class Family(ABC):
     def call(self) -> dict[str, Any]:
         """What the pipeline's call must be told besides prompts to draw samples of ``latent_shape``; mostly nothing."""
         return {}
+
+    def asked(self, name: str) -> int:
+        """One of ``sizes``: as it was asked for, or what the pipeline's call takes by default."""
+        return int(self.size.get(name, default(self.pipeline.__call__, name)))
 
     def drawn_from(self, noise: Tensor) -> Tensor:
         """The ``latents`` that the pipeline's call takes for unit noise [B, *latent_shape]; mostly itself."""

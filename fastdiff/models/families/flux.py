@@ -24,6 +24,7 @@ class Flux(Family):
     pipelines = ("FluxPipeline",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     part = "transformer"
+    sizes = ("height", "width")
     gives_noise = False
     gives_sigmas = True
 
@@ -61,7 +62,8 @@ class Flux(Family):
 
     def head(self) -> nn.Module:
         config = self.pipeline.transformer.config
-        return TokenHead(config.num_attention_heads * config.attention_head_dim, self.latent_shape[-1] // 2)
+        _, height, width = self.latent_shape
+        return TokenHead(config.num_attention_heads * config.attention_head_dim, (height // 2, width // 2))
 
     def time_embedding(self, backbone: nn.Module) -> tuple[nn.Module, int]:
         both: Any = backbone.time_text_embed
@@ -70,14 +72,19 @@ class Flux(Family):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = int(self.pipeline.default_sample_size)
-        return (self.pipeline.transformer.config.in_channels // 4, side, side)
+        height, width = (self.asked(name) // self.pipeline.vae_scale_factor for name in self.sizes)
+        return (self.pipeline.transformer.config.in_channels // 4, height, width)
+
+    def asked(self, name: str) -> int:
+        return int(self.size.get(name, self.pipeline.default_sample_size * self.pipeline.vae_scale_factor))
 
     @property
     def call(self) -> dict[str, Any]:
         """The size, which the network does not know, the length of T5's text, and the embedded scale."""
-        side = self.latent_shape[-1] * self.pipeline.vae_scale_factor
-        found = {"height": side, "width": side, "max_sequence_length": window(self.pipeline, self.pipeline.tokenizer_2)}
+        found = {
+            **{name: self.asked(name) for name in self.sizes},
+            "max_sequence_length": window(self.pipeline, self.pipeline.tokenizer_2),
+        }
         return found if self._scale is None else {**found, "guidance_scale": self._scale}
 
     def drawn_from(self, noise: Tensor) -> Tensor:

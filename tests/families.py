@@ -326,6 +326,37 @@ def ltx_pipeline() -> Any:
     )
 
 
+def dit_pipeline() -> Any:
+    """Classes 0 to 999; latents of 4 channels, 8x8."""
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    options = {"in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000, "patch_size": 2}
+    return DiTPipeline(
+        transformer=seeded(lambda: _off_zero(DiTTransformer2DModel(**_HEADS, **options))),
+        vae=seeded(_vae),
+        scheduler=DDIMScheduler(clip_sample=False),
+    )
+
+
+def _off_zero(network: Any) -> Any:
+    """DiT's last layers begin at zero, and so would everything it puts out."""
+    for layer in (network.proj_out_1, network.proj_out_2, *(block.norm1.linear for block in network.transformer_blocks)):
+        torch.nn.init.normal_(layer.weight, std=0.05)
+    return network
+
+
+def ddpm_pipeline() -> Any:
+    """Grey images of 8x8."""
+    from diffusers import DDIMPipeline, UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (16, 32), "norm_num_groups": 8}
+    return DDIMPipeline(
+        unet=seeded(lambda: UNet2DModel(**sizes, **blocks, layers_per_block=1)),
+        scheduler=DDIMScheduler(clip_sample=False),
+    )
+
+
 def _umt5() -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -347,9 +378,16 @@ TEACHERS: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "sana": (tiny_sana, {}),
     "wan": (wan_pipeline, SMALL),
     "ltx": (ltx_pipeline, SMALL),
+    "dit": (dit_pipeline, {}),
+    "ddpm": (ddpm_pipeline, {}),
 }
 """Pipelines of all families, and the size of their samples where the network knows none."""
 IMAGES = [name for name in TEACHERS if "num_frames" not in TEACHERS[name][1]]
+
+
+def prompts_of(name: str) -> list[str]:
+    """Two things that a teacher is asked for."""
+    return ["7", "207"] if name == "dit" else ["a red boot", "bags"]
 
 
 def family_teacher(name: str) -> Teacher:

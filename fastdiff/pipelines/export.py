@@ -29,7 +29,7 @@ TOLERANCE = 1e-5
 NEGATIVE = "negative_prompt.py"  # the copy of pipelines/negative.py in a folder
 
 _CHILD = """
-import json, sys
+import inspect, json, sys
 sys.modules["fastdiff"] = None                       # the folder must work where fastdiff is not installed
 import torch
 from diffusers import DiffusionPipeline
@@ -44,8 +44,16 @@ for folder, given, call in map(json.loads, sys.argv[2:]):
     network.register_forward_hook(lambda module, inputs, output: calls[-1].append(len(output[0])))
     prompts = json.load(open(given + ".json"))
     draws = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    noise = load_file(given + ".safetensors")["noise"]
-    made = pipeline(prompts, latents=noise, generator=draws, output_type="pt", **call)
+    takes = inspect.signature(pipeline.__call__).parameters
+    if "latents" in takes:
+        call["latents"] = load_file(given + ".safetensors")["noise"]
+    if "prompt" in takes:
+        call["prompt"] = prompts
+    elif "class_labels" in takes:
+        call["class_labels"] = [int(prompt) for prompt in prompts]
+    else:
+        call["batch_size"] = len(prompts)
+    made = pipeline(generator=draws, output_type="pt", **call)
     images = made.frames if hasattr(made, "frames") else made.images
     save_file({"images": images.contiguous()}, given + ".out.safetensors")
 print(json.dumps(calls))

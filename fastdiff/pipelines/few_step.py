@@ -58,7 +58,7 @@ def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, o
     given = {"original_inference_steps": original_steps or len(times), "num_train_timesteps": num_train_timesteps}
     scheduler = plain_lcm(config, **given, clip_sample=False, thresholding=False, rescale_betas_zero_snr=False)
     scheduler.set_timesteps(len(times))
-    return _checked(scheduler, times)
+    return checked(scheduler, times)
 
 
 def plain_lcm(config: Any, **options: Any) -> Any:
@@ -104,10 +104,11 @@ def ddim_scheduler(alphas_cumprod: Tensor, times: Sequence[int], prediction_type
     clip = float(log_snr[last - 1] + log_snr[last]) / 2 if total > last else -float("inf")
     scheduler = DPMSolverMultistepScheduler(**options, lambda_min_clipped=clip)
     scheduler.set_timesteps(asked)
-    return _checked(scheduler, times)
+    return checked(scheduler, times)
 
 
-def _checked(scheduler: Any, times: Sequence[int]) -> Any:
+def checked(scheduler: Any, times: Sequence[int]) -> Any:
+    """The scheduler, if its times are these; ``ValueError`` if not."""
     made = scheduler.timesteps.tolist()
     if made != list(times):
         raise ValueError(f"a {type(scheduler).__name__} of {len(times)} steps visits {made}, and the student {list(times)}.")

@@ -21,9 +21,10 @@ import torch
 from fastdiff.diffusion.process import RectifiedFlow
 from fastdiff.errors import UserError
 from fastdiff.models.families.stable_diffusion import StableDiffusion
+from fastdiff.models.families.unconditional import Unconditional
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import Schedule
-from fastdiff.pipelines.told import ToldSchedule
+from fastdiff.pipelines.told import PixelSchedule, ToldSchedule
 
 _CARD = """`scheduler/` is a `FlowMatchEulerDiscreteScheduler`, whose steps the call has to number: {steps}, at times {times}
 of 1 (noise) to 0 (image), {between}. The student was trained for no other number and for no guidance."""
@@ -48,7 +49,8 @@ def schedule_of(teacher: Teacher, times: Sequence[int] | Sequence[float], sample
     if teacher.pipeline is None or type(family) is StableDiffusion:
         return Schedule(times, sampler, **options)
     if not isinstance(teacher.process, RectifiedFlow):
-        return ToldSchedule(times, sampler, **options, size=family.call, part=family.part)
+        told = PixelSchedule if isinstance(family, Unconditional) else ToldSchedule
+        return told(times, sampler, **options, size=family.call, part=family.part)
     return FlowSchedule(times, sampler, **options, size=family.call, own_sigmas=family.gives_sigmas)
 
 

@@ -1,11 +1,12 @@
-"""Few-step students of variance-preserving teachers whose pipeline has to be told their number of steps: SDXL, PixArt.
+"""Few-step students of variance-preserving teachers whose pipeline has to be told their number of steps: SDXL, PixArt, DiT, DDPM.
 
     consistency   the teacher's stock pipeline with LCMScheduler on exactly the student's times
-    ddim          the same with DPMSolverMultistepScheduler of order 1, which is DDIM
+    ddim          the same with DPMSolverMultistepScheduler of order 1, which is DDIM; of a DDPM, DDIMPipeline with DDIMScheduler
 
 Their pipelines take 50 or 20 steps and guide unless told otherwise, and a folder cannot say so: the student's call carries both.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastdiff.models.teacher import Teacher
 from fastdiff.models.tokenizers import add_slow_files
 from fastdiff.pipelines.export import Schedule
-from fastdiff.pipelines.few_step import ddim_scheduler, lcm_scheduler
+from fastdiff.pipelines.few_step import checked, ddim_scheduler, lcm_scheduler
 
 _CARD = """`scheduler/` is a `{scheduler}`, whose steps the call has to number: {steps}, at times {times}, {between}."""
 
@@ -61,3 +62,27 @@ class ToldSchedule(Schedule):
         between = "with fresh noise between them" if self.fresh else "deterministic"
         steps, times = len(self.times), ", ".join(map(str, self.times))
         return super().card() | {"schedule": _CARD.format(scheduler=scheduler, steps=steps, times=times, between=between)}
+
+
+@dataclass(frozen=True)
+class PixelSchedule(ToldSchedule):
+    """That of a student of a DDPM, which knows no guidance; a DDIMPipeline runs DDIMScheduler whatever it is given."""
+
+    @property
+    def call(self) -> dict[str, Any]:
+        return {"num_inference_steps": len(self.times)}
+
+    def parts(self, teacher: Teacher) -> tuple[type, Any]:
+        from diffusers import DDIMPipeline, DDIMScheduler
+
+        names = inspect.signature(DDIMScheduler.__init__).parameters
+        own = {key: value for key, value in teacher.pipeline.scheduler.config.items() if key in names}
+        exact = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+        scheduler = DDIMScheduler(**{**own, **exact, "rescale_betas_zero_snr": False})
+        scheduler.set_timesteps(len(self.times))
+        return DDIMPipeline, checked(scheduler, [int(time) for time in self.times])
+
+    def card(self) -> dict[str, str]:
+        steps, times = len(self.times), ", ".join(map(str, self.times))
+        options = {"scheduler": "DDIMScheduler", "between": "deterministic", "steps": steps, "times": times}
+        return super().card() | {"schedule": _CARD.format(**options)}

@@ -33,7 +33,7 @@ from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import Schedule, export_student
 from fastdiff.pipelines.flow import schedule_of
 from fastdiff.trainers.draws import Draws
-from fastdiff.trainers.trajectory import Generators, Sampler, own_generators, trajectory
+from fastdiff.trainers.trajectory import Generators, Sampler, own_generators, own_noise, trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +320,8 @@ class Method(ABC):
     def deliver(self, finished: Finished) -> Delivered:
         """Write what the training was for, read it back and compare."""
         teacher, network, prompts, noise = finished.teacher, finished.network, finished.prompts, finished.noise
+        if not teacher.family.takes_latents:
+            noise = own_noise(noise)
         with torch.no_grad():
             images = teacher.decode(self.draw(network, teacher, noise, teacher.encode(prompts), own_generators(len(noise))))
 

@@ -55,6 +55,11 @@ def own_generators(n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
+def own_noise(like: Tensor) -> Tensor:
+    """The first noise that a pipeline draws from ``own_generators`` where its call takes none, like ``like`` [B, ...]."""
+    return _draw(like, own_generators(len(like)))
+
+
 def _time(process: Any, level: int, n: int, device: torch.device) -> Tensor:
     time: Tensor = process.at_level(torch.tensor(level)).to(device)
     return time.expand(n)

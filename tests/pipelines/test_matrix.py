@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import TEACHERS, family_teacher
+from families import TEACHERS, family_teacher, prompts_of
 
 import fastdiff.pipelines.export as export
 from fastdiff import Trainer
@@ -34,9 +34,10 @@ NOT_TOLD = "has no network that is told its guidance scale"
 NO_BOTTLENECK = "has no bottleneck for a discriminator"
 REFUSED = {
     **{(family, "dmd2-gan"): NO_BOTTLENECK for family in ("wan", "ltx")},
-    **{(family, "lcm"): NO_NOISE for family in ("sd3", "flux", "flux-schnell", "wan", "ltx")},
+    **{(family, "lcm"): NO_NOISE for family in ("sd3", "flux", "flux-schnell", "wan", "ltx", "dit", "ddpm")},
     **{
-        (family, "lcm-told"): NOT_TOLD for family in ("sd3", "flux", "flux-schnell", "pixart", "pixart-sigma", "sana", "wan", "ltx")
+        (family, "lcm-told"): NOT_TOLD
+        for family in ("sd3", "flux", "flux-schnell", "pixart", "pixart-sigma", "sana", "wan", "ltx", "dit", "ddpm")
     },
 }
 
@@ -57,7 +58,7 @@ def test_students_of_every_family_work_in_plain_diffusers(name: str, monkeypatch
 
 def run(family: str, name: str, folder: Path) -> None:
     options: dict[str, Any] = {"max_steps": 2, "batch_size": 2, "validate_every": 0, "warmup_steps": 0}
-    Trainer(METHODS[name], family_teacher(family), prompts=["a boot", "bags"], output_dir=folder, **options).train()
+    Trainer(METHODS[name], family_teacher(family), prompts=prompts_of(family), output_dir=folder, **options).train()
 
 
 @pytest.mark.parametrize(("family", "name"), REFUSED)

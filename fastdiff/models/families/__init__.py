@@ -4,6 +4,7 @@ from typing import Any
 
 from fastdiff.errors import UserError
 from fastdiff.models.families.base import Family
+from fastdiff.models.families.dit import DiT
 from fastdiff.models.families.flux import Flux
 from fastdiff.models.families.ltx import LTX
 from fastdiff.models.families.pixart import PixArt
@@ -11,9 +12,10 @@ from fastdiff.models.families.sana import Sana
 from fastdiff.models.families.stable_diffusion import StableDiffusion
 from fastdiff.models.families.stable_diffusion_3 import StableDiffusion3
 from fastdiff.models.families.stable_diffusion_xl import StableDiffusionXL
+from fastdiff.models.families.unconditional import Unconditional
 from fastdiff.models.families.wan import Wan
 
-FAMILIES: tuple[Any, ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt, Sana, Wan, LTX)
+FAMILIES: tuple[Any, ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt, Sana, Wan, LTX, DiT, Unconditional)
 
 
 def family_of(pipeline: Any) -> Family:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion.process import NoiseProcess
 from fastdiff.diffusion.schedulers import process_from_scheduler
+from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Network
 
 
@@ -25,6 +26,8 @@ class Family(ABC):
     """The pipeline's name of the denoising network."""
     gives_noise: ClassVar[bool] = True
     """Whether the pipeline hands its call's generators to the scheduler, so that noise between the steps can be repeated."""
+    takes_latents: ClassVar[bool] = True
+    """Whether the pipeline's call takes its first noise; if not, it draws that from its generators, one a sample."""
     gives_sigmas: ClassVar[bool] = False
     """Whether the pipeline tells a flow scheduler its sigmas, evenly spaced, and does not leave them to it."""
     sizes: ClassVar[tuple[str, ...]] = ()
@@ -134,6 +137,18 @@ def decoded(vae: Any, latents: Tensor) -> Tensor:
     own = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     images: Tensor = vae.decode(own.to(vae.dtype), return_dict=False)[0]
     return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def class_numbers(prompts: list[str], count: int, *, null: int) -> Tensor:
+    """Class numbers [B], int64, of prompts such as "207"; ``null`` for the empty prompt.
+
+    Raises:
+        UserError: a prompt is no number of one of ``count`` classes.
+    """
+    for prompt in prompts:
+        if prompt and not (prompt.strip().isdecimal() and int(prompt) < count):
+            raise UserError(f"the prompt {prompt!r} is no class: this teacher draws classes 0 to {count - 1}, written as numbers.")
+    return torch.tensor([int(prompt) if prompt else null for prompt in prompts])
 
 
 def default(call: Callable[..., Any], name: str) -> Any:

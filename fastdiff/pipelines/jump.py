@@ -1,0 +1,45 @@
+"""The folder of a student that is told how far each of its calls jumps: a stock ``StableDiffusionPipeline``, right by a bare call.
+
+The network is told through the guidance embedding that the stock pipeline feeds with its ``guidance_scale``, and that pipeline's
+default is some number, 7.5. On the way out the embedding is turned (``guidance_embedding.rebased``) so that this very number says
+the jump of the student's own steps; beside it lie the other jumps, which the card names.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastdiff.models.guidance_embedding import guidance_width, rebased
+from fastdiff.models.teacher import Teacher
+from fastdiff.pipelines.export import Schedule
+
+_CARD = """
+
+`guidance_scale` guides nothing here: it says how much of the path a call jumps, the default {default:g} that of these steps. For K calls
+under another scheduler, on K evenly spaced times from the last one, pass `guidance_scale={default:g} + {unit:g} * (1 / K - {share:g})`."""
+
+
+@dataclass(frozen=True)
+class JumpSchedule(Schedule):
+    """Of a student that is told ``1 + unit / K`` for each of its K calls, and whose pipeline says ``default`` unless told otherwise."""
+
+    unit: float = 0.0
+    default: float = 0.0
+
+    def components(self, network: Any) -> dict[str, Any]:
+        if guidance_width(network) is not None:
+            network = rebased(network, 1 + self.unit / len(self.times), self.default)
+        return super().components(network)
+
+    def card(self) -> dict[str, str]:
+        card, share = super().card(), 1 / len(self.times)
+        return card | {"schedule": card["schedule"] + _CARD.format(default=self.default, unit=self.unit, share=share)}
+
+
+def jump_schedule(teacher: Teacher, times: list[int] | list[float], sampler: str, unit: float) -> Schedule:
+    """That of a student of ``teacher``; without a pipeline nothing has a default, and its caller says the jump."""
+    if teacher.pipeline is None:
+        return Schedule(times, sampler)
+    parameters: Mapping[str, inspect.Parameter] = inspect.signature(type(teacher.pipeline).__call__).parameters
+    return JumpSchedule(times, sampler, unit=unit, default=float(parameters["guidance_scale"].default))

@@ -1,0 +1,133 @@
+r"""MeanFlow: a student that says the mean velocity of a trajectory between any two times, so that one call goes all the way.
+
+    x_t = (1 - t) x0 + t eps         t, r: the larger and the smaller of two draws sigmoid(N(-0.4, 1)); r = t in 75 %
+    v   = the guided teacher's dx/dt at x_t (distillation), or eps - x0 (data)
+    u   = the student at (x_t, t), told how far r is                                   x_r = x_t - (t - r) u
+    L   = S sg[(S + c)^-p],  S = |u - sg[v - (t - r) J]|^2 over a sample's elements,   J = du/dt along v with r fixed, one JVP
+
+(t - r) u = integral of v from r to t, differentiated by t, is the identity behind L; r = t is flow matching. In distillation v is
+no random variable given x_t, so that neither is the tangent. Flow time, the told duration and the sampler: ``_jumps``; estimators of
+J: ``_tangents``. Trained: the student, a full copy of the teacher's network with a guidance embedding for the duration. Frozen: the
+teacher. Geng et al., Mean Flows for One-step Generative Modeling (NeurIPS 2025, arXiv 2505.13447); p = 1, c = 1e-2 as there.
+Departures: x0 are the teacher's own stored results, not data; the paper's guidance inside v, by the student itself, is for training
+without a teacher and not here. ``whole_share`` is this library's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion.times import logit_normal
+from fastdiff.errors import UserError
+from fastdiff.losses import meanflow, meanflow_target, reduce
+from fastdiff.models.roles import Role, Roles
+from fastdiff.models.teacher import Teacher
+from fastdiff.trainers._jumps import FLOW, JumpMethod, Places, mean_velocity, told_student, velocity
+from fastdiff.trainers._tangents import FORWARDS, Estimator, Seen, choose_estimator
+from fastdiff.trainers.method import Batch, Calls, Paper, Preparation, Prepared, Trial
+
+_TRIAL = {"pairs": 20_000, "pair_steps": 40, "pair_guidance_scale": 1.0, "guidance_scale": 1.0, "lr": 1e-3}
+
+
+@dataclass(kw_only=True)
+class MeanFlow(JumpMethod):
+    """One-step student by the mean velocity of the teacher's trajectories; no fake score, no target network."""
+
+    info: ClassVar[Paper] = Paper(
+        title="Mean Flows for One-step Generative Modeling",
+        venue="NeurIPS",
+        year=2025,
+        arxiv="2505.13447",
+        sheet="few_step_diffusion.md: Shortcut models and MeanFlow",
+    )
+
+    trials: ClassVar[Mapping[str, Trial]] = {
+        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 0.2, "sliced_w2": 0.2, "stray": 0.2}, max_steps=2400, law="ring-smooth"),
+    }
+
+    kind: Literal["distillation", "data"] = "distillation"
+    """Whose velocity: the guided teacher's, or that from a stored result to its noise, for which no teacher is asked."""
+    log_mean: float = -0.4
+    """Mean of the logit of a flow time."""
+    log_std: float = 1.0
+    """Its deviation."""
+    jump_share: float = 0.25
+    """Share of the samples with r before t; the others are flow matching."""
+    whole_share: float = 0.0
+    """Share of those that go all the way, from the last time to the end, as a single call does; logit-normal times reach neither."""
+    weight_power: float = 1.0
+    """p of the adaptive weight; 0 is off."""
+    weight_offset: float = 1e-2
+    """c of the adaptive weight, beside a sum over a sample's elements."""
+    jvp: Literal["auto", "forward", "central", "one-sided"] = "auto"
+    """How the derivative is estimated; ``auto`` measures at the start and takes forward or one-sided."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("kind", ("distillation", "data")), ("jvp", tuple(FORWARDS))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(known)}.")
+        for name in ("log_std", "weight_offset"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0.")
+        if not 0 < self.jump_share <= 1 or not 0 <= self.whole_share <= 1 or self.weight_power < 0:
+            raise UserError(
+                f"jump_share is {self.jump_share}, whole_share {self.whole_share}, weight_power {self.weight_power}: expected shares, "
+                "the first above 0, or the student would never learn to jump, and a power of at least 0."
+            )
+
+    @classmethod
+    def name(cls) -> str:
+        return "meanflow"
+
+    def roles(self) -> dict[str, Role]:
+        return {"student": Role(train="full", lr=self.lr, build=told_student)}
+
+    def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
+        asked = self.asked() if self.kind == "distillation" else 0
+        return {"student": Calls(FORWARDS[self.jvp], 1), "teacher": Calls(asked, 0)}
+
+    def teacher_guidance(self) -> float:
+        return self.guidance_scale if self.kind == "distillation" else self.pair_guidance_scale
+
+    def prepare(self, preparation: Preparation) -> None:
+        super().prepare(preparation)
+        self._begin(choose_estimator(preparation, self.jvp, under_flow(self._places)))
+
+    def prepare_blank(self, teacher: Teacher, world_size: int) -> Prepared:
+        found = super().prepare_blank(teacher, world_size)
+        self._begin(Estimator("forward"))
+        return found
+
+    def _begin(self, estimator: Estimator) -> None:
+        self._estimator = estimator
+        self._range = estimator.within(self._places.low, self._places.high)
+
+    def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        _, x0, cond = self.draw_pairs(batch)
+        t, r = self.drawn_times(batch)
+        eps = batch.noise("eps")
+        x_t = FLOW.add_noise(x0, eps, t)
+        v = eps - x0 if self.kind == "data" else self.teacher_velocity(x_t, t, cond, batch, roles)
+        u, end = mean_velocity(roles.denoiser("student"), cond), self._places.of(r)
+        prediction, _, jvp = self._estimator(lambda x, s: u(x, s, self._places.of(s) - end), (x_t, t), (v, torch.ones_like(t)))
+        target = meanflow_target(v, jvp, t, r)
+        return {"meanflow": reduce(meanflow(prediction, target, p=self.weight_power, c=self.weight_offset))}
+
+    def drawn_times(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Flow times t and r <= t [B], float64; t in the range of the teacher's levels, r down to the end."""
+        low, high = self._range
+        one, other = (logit_normal(batch.draws.normal(n, ()).double(), self.log_mean, self.log_std) for n in ("one", "other"))
+        kind = batch.draws.uniform("kind")
+        t = torch.maximum(one, other).clamp(low, high)
+        r = torch.where(kind < self.jump_share, torch.minimum(one, other).clamp(max=high), t)
+        whole = kind < self.jump_share * self.whole_share
+        return t.masked_fill(whole, high), torch.minimum(r, t).masked_fill(whole, 0.0)
+
+
+def under_flow(places: Places) -> Seen:
+    """The velocity of a denoiser in flow time, along (direction, 1)."""
+    return Seen(velocity, (places.low, places.high), lambda direction, t: (direction, torch.ones_like(t)))

@@ -60,8 +60,8 @@ class Shortcut(JumpMethod):
         super().__post_init__()
         if self.kind not in {"distillation", "data"}:
             raise UserError(f"kind is {self.kind!r}: expected distillation or data.")
-        if self.finest < 2 or self.finest & (self.finest - 1):
-            raise UserError(f"finest is {self.finest}: expected a power of two, 2 or more.")
+        if not 2 <= self.finest <= 512 or self.finest & (self.finest - 1):
+            raise UserError(f"finest is {self.finest}: expected a power of two from 2 to 512; the teacher has 1000 levels.")
         if self.steps & (self.steps - 1) or self.steps >= self.finest:
             raise UserError(
                 f"steps is {self.steps} with finest {self.finest}: expected a power of two below it; no other jump is trained."
@@ -84,6 +84,9 @@ class Shortcut(JumpMethod):
 
     def teacher_guidance(self) -> float:
         return self.guidance_scale if self.kind == "distillation" else self.pair_guidance_scale
+
+    def after(self, update: str, roles: Roles) -> None:
+        roles.follow(TARGET, "student", self.decay)
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         _, x0, cond = self.draw_pairs(batch)

@@ -32,6 +32,7 @@ from fastdiff.losses import reduce, squared_error
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
+from fastdiff.pipelines.export import Schedule
 from fastdiff.trainers._balance import Balance, add_pulls
 from fastdiff.trainers._consistency import TARGET, choose
 from fastdiff.trainers._jumps import FLOW, JumpMethod, Places, jump, mean_velocity, told_student
@@ -95,14 +96,6 @@ class CTM(JumpMethod):
     def name(cls) -> str:
         return "ctm"
 
-    def validate(self, teacher: Teacher) -> None:
-        super().validate(teacher)
-        if teacher.pipeline is not None and self.gamma > 0 and self.steps > 1:
-            raise UserError(
-                f"gamma is {self.gamma} with {self.steps} steps: each call would jump another part of the path, and the stock pipeline "
-                f"of {teacher.name} tells all its calls the same. Its pictures would not be the trainer's. Give gamma=0."
-            )
-
     def roles(self) -> dict[str, Role]:
         roles = {
             "student": Role(train="full", lr=self.lr, build=told_student),
@@ -114,6 +107,19 @@ class CTM(JumpMethod):
         """The denoising term's own call, and what both terms take back to the last layer for lambda."""
         student = Calls(2, 4) if self.denoising_weight else Calls(1, 1)
         return {"student": student, TARGET: Calls(3, 1), "teacher": Calls(2 * self.teacher_steps * self.asked(), 0)}
+
+    def schedule(self, teacher: Teacher) -> Schedule:
+        """That of the deterministic jumps.
+
+        Raises:
+            ValueError: a pipeline would have to tell its calls different jumps.
+        """
+        if self.gamma > 0 and self.steps > 1 and teacher.pipeline is not None:
+            raise ValueError(
+                f"at gamma={self.gamma} with {self.steps} steps each call jumps another part of the path, and a stock pipeline tells "
+                "all its calls the same. Give gamma=0."
+            )
+        return super().schedule(teacher)
 
     # --- the loss
 

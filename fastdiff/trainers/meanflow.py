@@ -11,6 +11,12 @@ J: ``_tangents``. Trained: the student, a full copy of the teacher's network wit
 teacher. Geng et al., Mean Flows for One-step Generative Modeling (NeurIPS 2025, arXiv 2505.13447); p = 1, c = 1e-2 as there.
 Departures: x0 are the teacher's own stored results, not data; the paper's guidance inside v, by the student itself, is for training
 without a teacher and not here. ``whole_share`` is this library's.
+
+alpha-Flow (2025; a paper of its own, here as the sheet derives it, its weights recalled and not here) is the same without a derivative:
+
+    target = alpha v + (1 - alpha) u(x_t - (t - s) v, s, r),   s = alpha r + (1 - alpha) t,   alpha falling from 1
+
+two jumps in the place of one, which at alpha -> 0 is MeanFlow and at 1/2 a shortcut model's.
 """
 
 from collections.abc import Mapping
@@ -20,12 +26,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.jvp import Function
 from fastdiff.diffusion.times import logit_normal
 from fastdiff.errors import UserError
 from fastdiff.losses import meanflow, meanflow_target, reduce
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
-from fastdiff.trainers._jumps import FLOW, JumpMethod, Places, mean_velocity, told_student, velocity
+from fastdiff.trainers._jumps import FLOW, JumpMethod, Places, jump, mean_velocity, told_student, velocity
 from fastdiff.trainers._tangents import FORWARDS, Estimator, Seen, choose_estimator
 from fastdiff.trainers.method import Batch, Calls, Paper, Preparation, Prepared, Trial
 
@@ -65,6 +72,11 @@ class MeanFlow(JumpMethod):
     jvp: Literal["auto", "forward", "central", "one-sided"] = "auto"
     """How the derivative is estimated; ``auto`` measures at the start and takes forward or one-sided."""
 
+    alpha_steps: int = 0
+    """alpha-Flow: iterations over which alpha falls from 1 to ``alpha_floor``, linearly; 0 is MeanFlow from the start."""
+    alpha_floor: float = 0.0
+    """Where alpha stays; from 0 on the derivative takes over."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, known in (("kind", ("distillation", "data")), ("jvp", tuple(FORWARDS))):
@@ -79,6 +91,12 @@ class MeanFlow(JumpMethod):
                 "the first above 0, or the student would never learn to jump, and a power of at least 0."
             )
 
+        if self.alpha_steps < 0 or not 0 <= self.alpha_floor < 1:
+            raise UserError(
+                f"alpha_steps is {self.alpha_steps}, alpha_floor {self.alpha_floor}: expected a number of iterations and a floor in "
+                "[0, 1); at 1 every jump would be as straight as its start."
+            )
+
     @classmethod
     def name(cls) -> str:
         return "meanflow"
@@ -86,9 +104,20 @@ class MeanFlow(JumpMethod):
     def roles(self) -> dict[str, Role]:
         return {"student": Role(train="full", lr=self.lr, build=told_student)}
 
+    def alpha_at(self, step: int) -> float:
+        """alpha of an iteration; 0 is MeanFlow."""
+        return max(1 - step / self.alpha_steps, self.alpha_floor) if self.alpha_steps else 0.0
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        return ("alpha_flow",) if self.alpha_at(step) > 0 else ("meanflow",)
+
+    def trains(self, update: str) -> tuple[str, ...]:
+        return ("student",)
+
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
         asked = self.asked() if self.kind == "distillation" else 0
-        return {"student": Calls(FORWARDS[self.jvp], 1), "teacher": Calls(asked, 0)}
+        forwards = 2 if "alpha_flow" in updates else FORWARDS[self.jvp]
+        return {"student": Calls(forwards, 1), "teacher": Calls(asked, 0)}
 
     def teacher_guidance(self) -> float:
         return self.guidance_scale if self.kind == "distillation" else self.pair_guidance_scale
@@ -113,9 +142,23 @@ class MeanFlow(JumpMethod):
         x_t = FLOW.add_noise(x0, eps, t)
         v = eps - x0 if self.kind == "data" else self.teacher_velocity(x_t, t, cond, batch, roles)
         u, end = mean_velocity(roles.denoiser("student"), cond), self._places.of(r)
-        prediction, _, jvp = self._estimator(lambda x, s: u(x, s, self._places.of(s) - end), (x_t, t), (v, torch.ones_like(t)))
-        target = meanflow_target(v, jvp, t, r)
-        return {"meanflow": reduce(meanflow(prediction, target, p=self.weight_power, c=self.weight_offset))}
+
+        def to_end(x: Tensor, s: Tensor) -> Tensor:
+            return u(x, s, self._places.of(s) - end)
+
+        if update == "alpha_flow":
+            prediction, target = to_end(x_t, t), self.two_jumps(x_t, t, r, v, to_end, self.alpha_at(batch.draws.key[2]))
+        else:
+            prediction, _, jvp = self._estimator(to_end, (x_t, t), (v, torch.ones_like(t)))
+            target = meanflow_target(v, jvp, t, r)
+        return {update: reduce(meanflow(prediction, target, p=self.weight_power, c=self.weight_offset))}
+
+    @torch.no_grad()
+    def two_jumps(self, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor, to_end: Function, alpha: float) -> Tensor:
+        """alpha-Flow's target: v over the first share alpha of the way from t to r, and from there the student."""
+        s = alpha * r + (1 - alpha) * t
+        rest = to_end(jump(x_t, t, s, v), s.clamp(min=self._places.low))
+        return alpha * v + (1 - alpha) * rest
 
     def drawn_times(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Flow times t and r <= t [B], float64; t in the range of the teacher's levels, r down to the end."""

@@ -266,10 +266,13 @@ def test_fresh_noise_has_gamma_of_the_next_times_deviation(gamma: float) -> None
     noise, generator = noises(1)
     CTM(steps=2, gamma=gamma).sample(Watched(FLOW), noise.expand(20_000, 4), None, generator)
     assert seen[1].std(0).mean() == pytest.approx(gamma * 1.0, rel=0.02)
-    CTM(steps=2, gamma=gamma).validate(exact_teacher(FLOW))
-    with pytest.raises(UserError, match=r"gamma is .* with 2 steps"):
-        CTM(steps=2, gamma=gamma).validate(tiny_teacher())
-    CTM(gamma=gamma).validate(tiny_teacher())
+
+
+def test_fresh_noise_is_refused_where_no_pipeline_could_tell_each_call_its_jump(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"fashion does: at gamma=0.5 with 2 steps"):
+        Trainer(CTM(steps=2, gamma=0.5), tiny_teacher(), output_dir=tmp_path)
+    Trainer(CTM(gamma=0.5), tiny_teacher(), output_dir=tmp_path)
+    Trainer(CTM(steps=2, gamma=0.5), exact_teacher(FLOW), output_dir=tmp_path)
 
 
 # --- what it costs, and what it refuses

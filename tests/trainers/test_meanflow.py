@@ -25,7 +25,7 @@ from fastdiff.trainers.method import Batch, Calls, Method
 _FEW = {"pairs": 8, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
     "distillation": MeanFlow(**_FEW, guidance_scale=2.0, jump_share=0.75, whole_share=0.3, steps=2),
-    "data": MeanFlow(**_FEW, kind="data", jvp="central", jump_share=0.75, weight_power=0.75, log_std=1.6, lr=1e-3),
+    "data": MeanFlow(**_FEW, kind="data", jvp="central", jump_share=0.75, weight_power=0.75, alpha_steps=1, lr=1e-3),
 }
 PLAIN = {"pairs": 64, "pair_steps": 8, "pair_guidance_scale": 1.0, "guidance_scale": 1.0, "jvp": "forward"}
 each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
@@ -45,8 +45,8 @@ def exactly(run: Trainer, offset: Tensor | float = 0.0) -> None:
     run._roles.denoiser = lambda name: own(name) if name == "teacher" else exact  # type: ignore[method-assign]
 
 
-def loss(run: Trainer) -> Tensor:
-    (value,) = run.method.loss("student", run._micro_batches(0)[0], run._roles).values()
+def loss(run: Trainer, update: str = "meanflow") -> Tensor:
+    (value,) = run.method.loss(update, run._micro_batches(0)[0], run._roles).values()
     return value
 
 
@@ -150,7 +150,7 @@ def test_the_data_form_asks_no_teacher_and_follows_noise_to_data(
         _, x0, _ = run.method.draw_pairs(batch)  # type: ignore[attr-defined]
         torch.testing.assert_close(velocities[0], batch.noise("eps") - x0)
         assert run._roles.ledger["teacher"] == 0
-    assert MeanFlow(kind="data").calls(("student",))["teacher"] == Calls(0, 0)
+    assert MeanFlow(kind="data").calls(("meanflow",))["teacher"] == Calls(0, 0)
     assert (MeanFlow(guidance_scale=2.0).teacher_guidance(), MeanFlow(kind="data").teacher_guidance()) == (2.0, 3.0)
 
 
@@ -172,6 +172,61 @@ def test_times_are_two_sorted_logit_normals_equal_in_three_of_four(tmp_path: Pat
         assert abs(logit.std() - (1 - 1 / torch.pi) ** 0.5) < 0.03
 
 
+# --- alpha-Flow
+
+
+def test_alpha_falls_and_hands_over_to_the_derivative() -> None:
+    method = MeanFlow(alpha_steps=4, jvp="central")
+    assert [method.alpha_at(step) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert (method.updates(3), method.updates(4)) == (("alpha_flow",), ("meanflow",))
+    assert [method.calls(method.updates(step))["student"] for step in (3, 4)] == [Calls(2, 1), Calls(3, 1)]
+    assert MeanFlow(alpha_steps=4, alpha_floor=0.2).updates(100) == ("alpha_flow",)
+    assert MeanFlow(alpha_steps=4, alpha_floor=0.2).alpha_at(100) == 0.2
+    assert MeanFlow().updates(0) == ("meanflow",)
+
+
+@each_process
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
+def test_two_jumps_of_exact_mean_velocities_are_one(process: Callable, alpha: float, tmp_path: Path, float64: None) -> None:
+    """With the mean velocity over the first part in the place of v, as derived; with v itself it is MeanFlow's to order alpha."""
+    with started(MeanFlow(**PLAIN, jump_share=1.0), tmp_path, exact_teacher(process()), batch_size=32) as run:
+        method, batch = run.method, run._micro_batches(0)[0]
+        t, r = method.drawn_times(batch)  # type: ignore[attr-defined]
+        x_t, places = batch.noise("x"), method._places  # type: ignore[attr-defined]
+        s, u = alpha * r + (1 - alpha) * t, mean_velocity(ExactJump(run.teacher.process), None)
+
+        def to_end(x: Tensor, s: Tensor) -> Tensor:
+            return u(x, s, places.of(s) - places.of(r))
+
+        first = LAW.under(FLOW).mean_velocity(x_t, t, s)
+        got = method.two_jumps(x_t, t, r, first, to_end, alpha)  # type: ignore[attr-defined]
+        assert torch.allclose(got, to_end(x_t, t), atol=1e-8)
+        v = LAW.under(FLOW).velocity(x_t, t)
+        assert (method.two_jumps(x_t, t, r, v, to_end, alpha) - got).abs().max() > 1e-3  # type: ignore[attr-defined]
+
+
+def test_at_a_small_alpha_the_gradient_tends_to_meanflows(tmp_path: Path, float64: None) -> None:
+    """The target less u, divided by alpha, to MeanFlow's: u - target is alpha (u - v + (t - r) J) + O(alpha^2)."""
+    with started(MeanFlow(**PLAIN, jump_share=1.0), tmp_path, exact_teacher(PROCESSES["vp"]()), batch_size=16) as run:
+        shake(run)
+        method, batch = run.method, run._micro_batches(0)[0]
+        t, r = method.drawn_times(batch)  # type: ignore[attr-defined]
+        x_t, places = batch.noise("x"), method._places  # type: ignore[attr-defined]
+        v, u = LAW.under(FLOW).velocity(x_t, t), mean_velocity(run._roles.denoiser("student"), torch.full((16,), -1))
+
+        def to_end(x: Tensor, s: Tensor) -> Tensor:
+            return u(x, s, places.of(s) - places.of(r))
+
+        prediction, _, jvp = method._estimator(to_end, (x_t, t), (v, torch.ones_like(t)))  # type: ignore[attr-defined]
+        want = (prediction - meanflow_module.meanflow_target(v, jvp, t, r)).detach()
+        errors = []
+        for alpha in (1e-3, 5e-4):
+            got = (prediction - method.two_jumps(x_t, t, r, v, to_end, alpha)).detach() / alpha  # type: ignore[attr-defined]
+            errors.append(distance(got, want))
+    assert errors[0] < 0.05
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.2)
+
+
 # --- the estimators
 
 
@@ -182,7 +237,7 @@ def test_all_estimators_give_one_gradient(tmp_path: Path, float64: None) -> None
         teacher = exact_teacher(PROCESSES["flow"]())
         with started(MeanFlow(**{**fields, "jvp": name}), tmp_path / name, teacher, batch_size=64) as run:
             shake(run)
-            found[name] = gradients(run)["0 student student"]
+            found[name] = gradients(run)["0 meanflow student"]
     errors = {name: distance(gradient, found["forward"]) for name, gradient in found.items()}
     assert errors["auto"] == 0
     assert 0 < errors["central"] < 1e-3
@@ -191,14 +246,14 @@ def test_all_estimators_give_one_gradient(tmp_path: Path, float64: None) -> None
 
 @pytest.mark.parametrize(("jvp", "forwards"), [("auto", 2), ("forward", 2), ("one-sided", 2), ("central", 3)])
 def test_every_estimator_costs_what_is_declared(jvp: Any, forwards: int, tmp_path: Path) -> None:
-    assert MeanFlow(jvp=jvp).calls(("student",))["student"] == Calls(forwards, 1)
+    assert MeanFlow(jvp=jvp).calls(("meanflow",))["student"] == Calls(forwards, 1)
 
 
 def test_a_plan_counts_the_told_student(tmp_path: Path) -> None:
     config = Config(output_dir=tmp_path, batch_size=2)
     found = plan(MeanFlow(), Teacher.planned("fashion"), config, prompts=["a red boot"])
     assert found.unknown == found.refusals == []
-    assert (found.updates["student"].activations or 0) > 10**6
+    assert (found.updates["meanflow"].activations or 0) > 10**6
     assert found.roles["student"].parameters > found.roles["teacher"].parameters
 
 
@@ -212,6 +267,8 @@ def test_a_plan_counts_the_told_student(tmp_path: Path) -> None:
         {"jump_share": 0.0},
         {"whole_share": 1.5},
         {"weight_power": -1.0},
+        {"alpha_steps": -1},
+        {"alpha_floor": 1.0},
     ],
 )
 def test_settings_that_cannot_work_are_refused(fields: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ no random variable given x_t, so that neither is the tangent. Flow time, the tol
 J: ``_tangents``. Trained: the student, a full copy of the teacher's network with a guidance embedding for the duration. Frozen: the
 teacher. Geng et al., Mean Flows for One-step Generative Modeling (NeurIPS 2025, arXiv 2505.13447); p = 1, c = 1e-2 as there.
 Departures: x0 are the teacher's own stored results, not data; the paper's guidance inside v, by the student itself, is for training
-without a teacher and not here. ``whole_share`` is this library's.
+without a teacher and not here. ``end_share`` is this library's.
 
 alpha-Flow (2025; a paper of its own, here as the sheet derives it, its weights recalled and not here) is the same without a derivative:
 
@@ -63,8 +63,8 @@ class MeanFlow(JumpMethod):
     """Its deviation."""
     jump_share: float = 0.25
     """Share of the samples with r before t; the others are flow matching."""
-    whole_share: float = 0.0
-    """Share of those that go all the way, from the last time to the end, as a single call does; logit-normal times reach neither."""
+    end_share: float = 0.0
+    """Share of those that go to the end, r = 0, as the last call of a sampler does; logit-normal times do not reach it."""
     weight_power: float = 1.0
     """p of the adaptive weight; 0 is off."""
     weight_offset: float = 1e-2
@@ -85,9 +85,9 @@ class MeanFlow(JumpMethod):
         for name in ("log_std", "weight_offset"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be above 0.")
-        if not 0 < self.jump_share <= 1 or not 0 <= self.whole_share <= 1 or self.weight_power < 0:
+        if not 0 < self.jump_share <= 1 or not 0 <= self.end_share <= 1 or self.weight_power < 0:
             raise UserError(
-                f"jump_share is {self.jump_share}, whole_share {self.whole_share}, weight_power {self.weight_power}: expected shares, "
+                f"jump_share is {self.jump_share}, end_share {self.end_share}, weight_power {self.weight_power}: expected shares, "
                 "the first above 0, or the student would never learn to jump, and a power of at least 0."
             )
 
@@ -167,8 +167,7 @@ class MeanFlow(JumpMethod):
         kind = batch.draws.uniform("kind")
         t = torch.maximum(one, other).clamp(low, high)
         r = torch.where(kind < self.jump_share, torch.minimum(one, other).clamp(max=high), t)
-        whole = kind < self.jump_share * self.whole_share
-        return t.masked_fill(whole, high), torch.minimum(r, t).masked_fill(whole, 0.0)
+        return t, torch.minimum(r, t).masked_fill(kind < self.jump_share * self.end_share, 0.0)
 
 
 def under_flow(places: Places) -> Seen:

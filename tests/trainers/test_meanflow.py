@@ -24,7 +24,7 @@ from fastdiff.trainers.method import Batch, Calls, Method
 
 _FEW = {"pairs": 8, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
-    "distillation": MeanFlow(**_FEW, guidance_scale=2.0, jump_share=0.75, whole_share=0.3, steps=2),
+    "distillation": MeanFlow(**_FEW, guidance_scale=2.0, jump_share=0.75, end_share=0.3, steps=2),
     "data": MeanFlow(**_FEW, kind="data", jvp="central", jump_share=0.75, weight_power=0.75, alpha_steps=1, lr=1e-3),
 }
 PLAIN = {"pairs": 64, "pair_steps": 8, "pair_guidance_scale": 1.0, "guidance_scale": 1.0, "jvp": "forward"}
@@ -57,7 +57,7 @@ def loss(run: Trainer, update: str = "meanflow") -> Tensor:
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_exact_mean_velocities_have_no_loss(process: Callable, share: float, tmp_path: Path, float64: None) -> None:
     """u = v - (t - r) du/dt to 1e-8, with the teacher's velocity and a duration that moves with t; 0.1 off it is not zero."""
-    method = MeanFlow(**PLAIN, jump_share=share, whole_share=0.2, weight_power=0.0)
+    method = MeanFlow(**PLAIN, jump_share=share, end_share=0.2, weight_power=0.0)
     with started(method, tmp_path, exact_teacher(process()), batch_size=64) as run:
         exactly(run)
         assert loss(run) < 1e-16
@@ -111,7 +111,7 @@ def test_equal_times_are_flow_matching_in_value_and_gradient(tmp_path: Path, flo
 
 def test_the_gradient_is_that_of_the_regression_to_the_target_by_hand(tmp_path: Path, float64: None) -> None:
     """The derivative by a difference along the path, r fixed; no gradient through it, v or the weight."""
-    method = MeanFlow(**PLAIN, jump_share=1.0, whole_share=0.2, weight_power=0.75, weight_offset=0.05)
+    method = MeanFlow(**PLAIN, jump_share=1.0, end_share=0.2, weight_power=0.75, weight_offset=0.05)
     with started(method, tmp_path, exact_teacher(PROCESSES["vp"]()), batch_size=16) as run:
         shake(run)
         run._roles.train_only("student")
@@ -156,17 +156,14 @@ def test_the_data_form_asks_no_teacher_and_follows_noise_to_data(
 
 def test_times_are_two_sorted_logit_normals_equal_in_three_of_four(tmp_path: Path) -> None:
     n = 20_000
-    with started(MeanFlow(**PLAIN, whole_share=0.2), tmp_path, exact_teacher(PROCESSES["flow"]())) as run:
+    with started(MeanFlow(**PLAIN, end_share=0.2), tmp_path, exact_teacher(PROCESSES["flow"]())) as run:
         batch = Batch(Draws(0, 0, 0, size=n, part=slice(n)), run.prompts, run.teacher)
         t, r = run.method.drawn_times(batch)  # type: ignore[attr-defined]
-        places = run.method._places  # type: ignore[attr-defined]
     assert (r <= t).all()
     assert abs((r < t).double().mean() - 0.25) < 4 * (0.25 * 0.75 / n) ** 0.5
-    whole = r == 0
-    assert abs(whole.double().mean() - 0.05) < 4 * (0.05 * 0.95 / n) ** 0.5
-    assert (places.high - t[whole]).abs().max() < 1e-5
-    jumps = (r < t) & ~whole
-    for values, sign in ((t[~whole], 1), (r[jumps], -1)):  # the larger and the smaller of two normals: mean +- 1 / sqrt(pi)
+    to_end = r == 0
+    assert abs(to_end.double().mean() - 0.05) < 4 * (0.05 * 0.95 / n) ** 0.5
+    for values, sign in ((t, 1), (r[(r < t) & ~to_end], -1)):  # the larger and the smaller of two normals: mean +- 1 / sqrt(pi)
         logit = values.logit()
         assert abs(logit.mean() + 0.4 - sign / torch.pi**0.5) < 4 * 0.83 / len(values) ** 0.5
         assert abs(logit.std() - (1 - 1 / torch.pi) ** 0.5) < 0.03
@@ -265,7 +262,7 @@ def test_a_plan_counts_the_told_student(tmp_path: Path) -> None:
         {"log_std": 0.0},
         {"weight_offset": 0.0},
         {"jump_share": 0.0},
-        {"whole_share": 1.5},
+        {"end_share": 1.5},
         {"weight_power": -1.0},
         {"alpha_steps": -1},
         {"alpha_floor": 1.0},

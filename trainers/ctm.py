@@ -20,13 +20,11 @@ def main(
     guidance_scale: float = 3.0,
     teacher_steps: int = 2,
     decay: float = 0.999,
-    denoising_weight: float = 1.0,
     steps: int = 1,
     lr: float = 1e-4,
     seed: int = 0,
 ) -> None:
-    options = {"teacher_steps": teacher_steps, "decay": decay, "denoising_weight": denoising_weight}
-    method = CTM(guidance_scale=guidance_scale, steps=steps, lr=lr, **options)
+    method = CTM(guidance_scale=guidance_scale, teacher_steps=teacher_steps, decay=decay, steps=steps, lr=lr)
     trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed)
     pipeline = trainer.train()
     pipeline(trainer.prompts.prompts[0], **own_call(pipeline)).images[0].save(output / "sample.png")

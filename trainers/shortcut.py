@@ -26,9 +26,7 @@ def main(
     lr: float = 1e-4,
     seed: int = 0,
 ) -> None:
-    method = Shortcut(
-        kind=kind, guidance_scale=guidance_scale, bootstrap_share=bootstrap_share, decay=decay, steps=steps, lr=lr
-    )
+    method = Shortcut(kind=kind, guidance_scale=guidance_scale, bootstrap_share=bootstrap_share, decay=decay, steps=steps, lr=lr)
     trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed)
     pipeline = trainer.train()
     pipeline(trainer.prompts.prompts[0], **own_call(pipeline)).images[0].save(output / "sample.png")

@@ -228,7 +228,8 @@ class EDM(NoiseProcess):
 
     def level(self, t: Tensor) -> Tensor:
         low, high = (end ** (1 / 7) for end in (self.t_min, self.t_max))
-        return (LEVELS - 1) * (_double(t).pow(1 / 7) - low) / (high - low)
+        share: Tensor = (torch.pow(_double(t), 1 / 7) - low) / (high - low)
+        return (LEVELS - 1) * share
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(_double(t))

@@ -30,6 +30,7 @@ class TimeMLP(nn.Module):
         self.time_scale, self.classes, self.octaves = time_scale, classes, octaves
         widths = [dim + 2 * octaves + (16 if classes else 0), *[hidden] * depth]
         self.label = nn.Embedding(classes + 1, 16) if classes else None
+        self.told: nn.Module | None
         self.register_module("told", None)
         layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.hidden = nn.Sequential(*layers)
@@ -38,7 +39,7 @@ class TimeMLP(nn.Module):
     def with_guidance_embedding(self) -> "TimeMLP":
         """A copy that is told its guidance scale (``condition.with_guidance``), the same, to the bit, until it is trained.
 
-        As in LCM's UNet (``guidance_embedding``), a projection of the scale's sines, zero at the start, is added to those of the time.
+        As in LCM's UNet (``guidance_embedding``), a projection of the scale's sines, zero at first, is added to those of the time.
 
         Raises:
             ValueError: it is told already.
@@ -47,8 +48,9 @@ class TimeMLP(nn.Module):
             raise ValueError("this network is told its guidance scale already.")
         network = copy.deepcopy(self)
         like = self.out.weight
-        network.told = nn.Linear(_TOLD, 2 * self.octaves, bias=False, device=like.device, dtype=like.dtype)
-        nn.init.zeros_(network.told.weight)
+        told = nn.Linear(_TOLD, 2 * self.octaves, bias=False, device=like.device, dtype=like.dtype)
+        nn.init.zeros_(told.weight)
+        network.told = told
         return network
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
@@ -59,7 +61,7 @@ class TimeMLP(nn.Module):
         sines = torch.cat([angles.sin(), angles.cos()], dim=1)
         if (scale is None) != (self.told is None):
             raise ValueError("only a network made by with_guidance_embedding takes a condition with a guidance scale, and it must.")
-        if self.told is not None:
+        if scale is not None and self.told is not None:
             sines = sines + self.told(embed_guidance(scale, _TOLD).to(sines))
         parts = [x_t, sines]
         if self.label is not None:

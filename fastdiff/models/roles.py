@@ -2,7 +2,7 @@
 
 A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone, or what ``build`` makes in its place; ``lora``:
 an adapter on the teacher's own backbone; ``module``: a network of the method's making; ``average``: a copy that no loss trains
-and that follows another role, ``Roles.follow``; ``state``: a module of buffers alone, what a method remembers and checkpoints keep).
+and that follows another role, ``Roles.follow``; ``state``: a module of buffers alone, which a method remembers from step to step).
 ``Roles`` builds them, runs them as denoisers and keeps the ledger.
 
 A switch of adapter changes who computes, never who trains: peft's own ``set_adapter`` moves ``requires_grad`` with the switch

@@ -16,13 +16,13 @@ from fastdiff.pipelines.export import Schedule
 
 _CARD = """
 
-`guidance_scale` guides nothing here: it says how much of the path a call jumps, the default {default:g} that of these steps. For K calls
-under another scheduler, on K evenly spaced times from the last one, pass `guidance_scale={default:g} + {unit:g} * (1 / K - {share:g})`."""
+`guidance_scale` guides nothing here: it says how much of the path a call jumps, the default {default:g} that of these steps. For K
+calls under another scheduler, on K even times from the last one: `guidance_scale={default:g} + {unit:g} * (1 / K - {share:g})`."""
 
 
 @dataclass(frozen=True)
 class JumpSchedule(Schedule):
-    """Of a student that is told ``1 + unit / K`` for each of its K calls, and whose pipeline says ``default`` unless told otherwise."""
+    """Of a student that is told ``1 + unit / K`` for each of its K calls, and whose pipeline says ``default`` in a bare call."""
 
     unit: float = 0.0
     default: float = 0.0

@@ -1,14 +1,14 @@
 """What students share that are told how far to jump: MeanFlow, shortcut models and CTM.
 
-    p(t)  = (level of t + 1) / 1000        a place on the path, 1 at the last level and 0 at the end, evenly spaced in the sampler's steps
+    p(t)  = (level of t + 1) / 1000        a place on the path, 1 at the last level and 0 at the end, even in the sampler's steps
     d     = p(t) - p(r)                    how far a call jumps; K calls of the sampler jump 1 / K each
     u     = (x_t - x0) / t                 x0: the student's at (x_t, t), told d; all in flow time, x_t = (1 - t) x0 + t eps
     x_r   = x_t - (t - r) u                the jump
 
 The student keeps the teacher's process and prediction type; flow time is the same state at equal noise-to-signal ratio
 (``diffusion.matching``). The jump is then the DDIM step of the student's x0 under any process, which stock schedulers make. Since
-the K durations are one number, it can be told where a stock pipeline tells its guidance scale: s = 1 + UNIT d, a guidance embedding
-that starts at zero, so that at first every jump is the teacher's own step. That embedding has sines of 1000 (s - 1) = 4 d and slower:
+the K durations are one number, it can be told where a stock pipeline tells its guidance scale: s = 1 + UNIT d, an embedding that
+starts at zero, so that at first every jump is the teacher's own step. That embedding has sines of 1000 (s - 1) = 4 d and slower:
 a derivative of order one, where the usual 1000 d would make one of order 1000 (the pitfall of MeanFlow's derivative).
 """
 
@@ -119,8 +119,8 @@ class JumpMethod(StoredPairs):
             ) from error
         if teacher.pipeline is not None and not isinstance(teacher.process, DiscreteVP):
             raise UserError(
-                f"{teacher.name} is a {type(teacher.pipeline).__name__} under {type(teacher.process).__name__}: its stock pipeline has "
-                f"no input that could tell the exported network how far to jump. {consequence}"
+                f"{teacher.name} is a {type(teacher.pipeline).__name__} under {type(teacher.process).__name__}: its stock pipeline "
+                f"has no input that could tell the exported network how far to jump. {consequence}"
             )
 
     def levels(self) -> list[int]:

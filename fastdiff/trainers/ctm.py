@@ -6,14 +6,14 @@ r"""CTM: a student that jumps from any time of a trajectory to any earlier one, 
     G-   <- decay G- + (1 - decay) G
 
 Both sides of the soft consistency are compared after a jump to the end by the average G-, through whose input the gradient of the
-left one comes. u = 0 throughout is consistency distillation, u = s regression on the teacher's step. g is the x0 of the student told
-u; told t itself it is a denoiser, which the second term trains. lambda: ``_balance``. Flow time, told duration: ``_jumps``.
-gamma-sampling jumps to sqrt(1 - gamma^2) of the next noise-to-signal ratio and adds the rest anew: 0 is DDIM, 1 ends every jump in
-x0, as LCM. Trained: the student, a full copy of the teacher's network with a guidance embedding for the duration. Frozen: the teacher.
+left one comes. u = 0 throughout is consistency distillation, u = s regression on the teacher's step. g is the x0 of the student
+told u; told t itself it is a denoiser, which the second term trains. lambda: ``_balance``. Flow time, told duration: ``_jumps``.
+gamma-sampling jumps to sqrt(1 - gamma^2) of the next noise-to-signal ratio and adds the rest anew: 0 is DDIM, 1 ends every jump
+in x0, as LCM. Trained: the student, a full copy of the teacher's network with an embedding for the duration. Frozen: the teacher.
 Kim et al., Consistency Trajectory Models (ICLR 2024; arXiv 2310.02279, number recalled).
-Departures: **no GAN term**, which the paper adds last and needs for its figures; the squared distance, not LPIPS; x0 are the teacher's
-stored results, not data; a fixed number of teacher steps over a random length; times evenly spaced in the process's levels, which are
-Karras's for EDM.
+Departures: **no GAN term**, which the paper adds last and needs for its figures; the squared distance, not LPIPS; x0 are the
+teacher's stored results, not data; a fixed number of teacher steps over a random length; times evenly spaced in the process's
+levels, which are Karras's for EDM; lambda of the iteration before.
 """
 
 import math
@@ -83,13 +83,13 @@ class CTM(JumpMethod):
         super().__post_init__()
         if not 1 <= self.teacher_steps <= self.grid_size <= LEVELS:
             raise UserError(
-                f"teacher_steps is {self.teacher_steps} with grid_size {self.grid_size}: expected 1 <= teacher_steps <= grid_size <= "
-                f"{LEVELS}, or s would lie beyond the end."
+                f"teacher_steps is {self.teacher_steps} with grid_size {self.grid_size}: expected 1 <= teacher_steps <= grid_size "
+                f"<= {LEVELS}, or s would lie beyond the end."
             )
         if not 0 <= self.decay < 1 or self.denoising_weight < 0 or not 0 <= self.gamma <= 1:
             raise UserError(
-                f"decay is {self.decay}, denoising_weight {self.denoising_weight}, gamma {self.gamma}: expected a decay in [0, 1), no "
-                "negative weight and a gamma in [0, 1]."
+                f"decay is {self.decay}, denoising_weight {self.denoising_weight}, gamma {self.gamma}: expected a decay in [0, 1), "
+                "no negative weight and a gamma in [0, 1]."
             )
 
     @classmethod
@@ -116,8 +116,8 @@ class CTM(JumpMethod):
         """
         if self.gamma > 0 and self.steps > 1 and teacher.pipeline is not None:
             raise ValueError(
-                f"at gamma={self.gamma} with {self.steps} steps each call jumps another part of the path, and a stock pipeline tells "
-                "all its calls the same. Give gamma=0."
+                f"at gamma={self.gamma} with {self.steps} steps each call jumps another part of the path, and a stock pipeline "
+                "tells all its calls the same. Give gamma=0."
             )
         return super().schedule(teacher)
 
@@ -201,9 +201,7 @@ class CTM(JumpMethod):
         return gamma_sample(student, noise, cond, self.levels(), self.gamma, generators)
 
 
-def gamma_sample(
-    student: Denoiser, noise: Tensor, cond: Any, levels: list[int], gamma: float, generators: Generators
-) -> Tensor:
+def gamma_sample(student: Denoiser, noise: Tensor, cond: Any, levels: list[int], gamma: float, generators: Generators) -> Tensor:
     """x0 [B, ...] from unit noise by CTM's gamma-sampling at ``levels``, each call told its own jump.
 
         r_w = sqrt(1 - gamma^2) r_next,      x_w = the jump to w,      x_next = x_w renoised to the next time

@@ -6,13 +6,13 @@ r"""MeanFlow: a student that says the mean velocity of a trajectory between any 
     L   = S sg[(S + c)^-p],  S = |u - sg[v - (t - r) J]|^2 over a sample's elements,   J = du/dt along v with r fixed, one JVP
 
 (t - r) u = integral of v from r to t, differentiated by t, is the identity behind L; r = t is flow matching. In distillation v is
-no random variable given x_t, so that neither is the tangent. Flow time, the told duration and the sampler: ``_jumps``; estimators of
-J: ``_tangents``. Trained: the student, a full copy of the teacher's network with a guidance embedding for the duration. Frozen: the
-teacher. Geng et al., Mean Flows for One-step Generative Modeling (NeurIPS 2025, arXiv 2505.13447); p = 1, c = 1e-2 as there.
-Departures: x0 are the teacher's own stored results, not data; the paper's guidance inside v, by the student itself, is for training
-without a teacher and not here. ``end_share`` is this library's.
+no random variable given x_t, so that neither is the tangent. Flow time, told duration and sampler: ``_jumps``; estimators of J:
+``_tangents``. Trained: the student, a full copy of the teacher's network with an embedding for the duration. Frozen: the teacher.
+Geng et al., Mean Flows for One-step Generative Modeling (NeurIPS 2025, arXiv 2505.13447); p = 1, c = 1e-2 as there.
+Departures: x0 are the teacher's own stored results, not data; the paper's guidance inside v, by the student itself, is for
+training without a teacher and not here. ``end_share`` is this library's.
 
-alpha-Flow (2025; a paper of its own, here as the sheet derives it, its weights recalled and not here) is the same without a derivative:
+alpha-Flow (2025; a paper of its own, here as our sheet derives it, without its weights) is the same without a derivative:
 
     target = alpha v + (1 - alpha) u(x_t - (t - s) v, s, r),   s = alpha r + (1 - alpha) t,   alpha falling from 1
 
@@ -21,7 +21,7 @@ two jumps in the place of one, which at alpha -> 0 is MeanFlow and at 1/2 a shor
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -93,8 +93,8 @@ class MeanFlow(JumpMethod):
 
         if self.alpha_steps < 0 or not 0 <= self.alpha_floor < 1:
             raise UserError(
-                f"alpha_steps is {self.alpha_steps}, alpha_floor {self.alpha_floor}: expected a number of iterations and a floor in "
-                "[0, 1); at 1 every jump would be as straight as its start."
+                f"alpha_steps is {self.alpha_steps}, alpha_floor {self.alpha_floor}: expected a number of iterations and a floor "
+                "in [0, 1); at 1 every jump would be as straight as its start."
             )
 
     @classmethod

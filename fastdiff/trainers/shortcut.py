@@ -1,13 +1,14 @@
 r"""Shortcut models: a student whose one long jump repeats two of its own half as long, down to steps so short that they are flow.
 
     flow rows        u(x_t, t, 0) -> v, the guided teacher's dx/dt at x_t (distillation) or eps - x0 (data);     t uniform
-    bootstrap rows   u(x_t, t, d) -> (x_t - x_r) / (t - r),   x_m = x_t - (t - m) u-(x_t, t, d/2),   x_r = x_m - (m - r) u-(x_m, m, d/2)
+    bootstrap rows   u(x_t, t, d) -> (x_t - x_r) / (t - r),
+                     x_m = x_t - (t - m) u-(x_t, t, d/2),   x_r = x_m - (m - r) u-(x_m, m, d/2)
     L = mean ( u - sg[target] )^2,       1 in 8 rows is bootstrapped (drawn);       u- <- decay u- + (1 - decay) u
 
-d = 1, 1/2, .. 2/128 of the path and p_t one of its multiples; halves of 1/128 are told d = 0. Where the path's places are flow times
-(a flow teacher) the target is (u-(x_t, t, d/2) + u-(x_m, m, d/2)) / 2, the paper's; elsewhere the two halves weigh as long as they
-are in flow time, which is what makes the two jumps one (derived). Times, told duration and sampler: ``_jumps``. The paper's time runs
-from noise 0 to data 1. Trained: the student, a full copy of the teacher's network with a guidance embedding for d; u- is its
+d = 1, 1/2, .. 2/128 of the path and p_t one of its multiples; halves of 1/128 are told d = 0. Where the path's places are flow
+times (a flow teacher) the target is (u-(x_t, t, d/2) + u-(x_m, m, d/2)) / 2, the paper's; elsewhere the two halves weigh as long
+as they are in flow time, which makes the two jumps one (derived). Times, told duration and sampler: ``_jumps``. The paper's time
+runs from noise 0 to data 1. Trained: the student, a full copy of the teacher's network with an embedding for d; u- is its
 average, in targets only. Frozen: the teacher. Frans et al., One Step Diffusion via Shortcut Models (ICLR 2025; arXiv 2410.12557,
 number recalled). Recalled, not read: the uniform t, the finest halves at d = 0.
 Departures: x0 are the teacher's own stored results, not data; every row is run through all networks and its target then chosen.
@@ -68,8 +69,8 @@ class Shortcut(JumpMethod):
             )
         if not 0 < self.bootstrap_share < 1 or not 0 <= self.decay < 1:
             raise UserError(
-                f"bootstrap_share is {self.bootstrap_share}, decay {self.decay}: expected a share between 0 and 1, since jumps grow "
-                "out of the flow, and a decay in [0, 1)."
+                f"bootstrap_share is {self.bootstrap_share}, decay {self.decay}: expected a share between 0 and 1, since jumps "
+                "grow out of the flow, and a decay in [0, 1)."
             )
 
     def roles(self) -> dict[str, Role]:
@@ -102,7 +103,7 @@ class Shortcut(JumpMethod):
         """Flow times t [B], how far to jump from there [B], 0 in the flow rows, and which rows are bootstrapped [B]."""
         bootstrapped = batch.draws.uniform("row") < self.bootstrap_share
         halvings = batch.draws.integers("halvings", 0, self.finest.bit_length() - 1)
-        count, u = 2.0**halvings.double(), batch.draws.uniform("t")
+        count, u = 2.0 ** halvings.double(), batch.draws.uniform("t")
         duration = torch.where(bootstrapped, 1 / count, 0.0)
         on_grid = self._places.time(((u * count).floor() + 1) / count)
         low, high = self._places.low, self._places.high

@@ -78,9 +78,7 @@ def untold(student: Any, cond: Any) -> Any:
 
 
 @pytest.mark.parametrize("defect", [frozen_duration, untold])
-def test_a_defect_of_the_told_duration_shows(
-    defect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float64: None
-) -> None:
+def test_a_defect_of_the_told_duration_shows(defect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
     method = MeanFlow(**PLAIN, jump_share=1.0, weight_power=0.0)
     with started(method, tmp_path, exact_teacher(PROCESSES["flow"]()), batch_size=64) as run:
         exactly(run)
@@ -141,9 +139,7 @@ def test_the_data_form_asks_no_teacher_and_follows_noise_to_data(
 ) -> None:
     velocities: list[Tensor] = []
     target = meanflow_module.meanflow_target
-    monkeypatch.setattr(
-        meanflow_module, "meanflow_target", lambda v, jvp, t, r: velocities.append(v) or target(v, jvp, t, r)
-    )
+    monkeypatch.setattr(meanflow_module, "meanflow_target", lambda v, jvp, t, r: velocities.append(v) or target(v, jvp, t, r))
     with started(MeanFlow(**PLAIN, kind="data"), tmp_path, exact_teacher(PROCESSES["vp"]())) as run:
         loss(run)
         batch = run._micro_batches(0)[0]

@@ -168,9 +168,16 @@ def test_the_average_follows_the_student(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"kind": "both"}, {"finest": 100}, {"finest": 1024}, {"steps": 3}, {"steps": 8, "finest": 8}, {"bootstrap_share": 1.0}, {"decay": 1.0}],
+    [
+        {"kind": "both"},
+        {"finest": 100},
+        {"finest": 1024},
+        {"steps": 3},
+        {"steps": 8, "finest": 8},
+        {"bootstrap_share": 1.0},
+        {"decay": 1.0},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(fields))):
         Shortcut(**fields)
-

@@ -2,9 +2,9 @@
 
     lambda = |grad_last L_first| / |grad_last L_second|, clipped to [0.01, 10]
 
-The weight of an iteration is measured on the whole batch of the one before, over micro-batches and ranks, and is in checkpoints:
-measured on its own it would weigh each micro-batch differently, and accumulation would change the gradient. It starts at 1. The last
-layer is the last matrix among the network's parameters, the output layer of every family here.
+The weight of an iteration is that of the whole batch of the one before, over micro-batches and ranks, and a checkpoint has it: one
+that is measured on its own batch weighs each micro-batch differently, and accumulation would change the gradient. It starts at 1.
+The last layer is the last matrix among the network's parameters, the output layer of every family here.
 Esser et al., Taming Transformers (CVPR 2021, arXiv 2012.09841; recalled); the clip is CTM's.
 """
 

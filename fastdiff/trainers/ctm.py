@@ -65,7 +65,9 @@ class CTM(JumpMethod):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 0.2, "sliced_w2": 0.2, "stray": 0.2}, max_steps=2000),
+        "ring": Trial(
+            fields=_TRIAL, bounds={"flow_map": 0.16, "sliced_w2": 0.14, "mode_mass": 0.2, "stray": 0.165}, max_steps=2000
+        ),
     }
 
     grid_size: int = 18

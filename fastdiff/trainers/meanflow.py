@@ -36,7 +36,17 @@ from fastdiff.trainers._jumps import FLOW, JumpMethod, Places, jump, mean_veloci
 from fastdiff.trainers._tangents import FORWARDS, Estimator, Seen, choose_estimator
 from fastdiff.trainers.method import Batch, Calls, Paper, Preparation, Prepared, Trial
 
-_TRIAL = {"pairs": 20_000, "pair_steps": 40, "pair_guidance_scale": 1.0, "guidance_scale": 1.0, "lr": 1e-3}
+_TRIAL = {
+    "pairs": 20_000,
+    "pair_steps": 40,
+    "pair_guidance_scale": 1.0,
+    "guidance_scale": 1.0,
+    "log_mean": 0.4,
+    "log_std": 1.6,
+    "jump_share": 0.75,
+    "end_share": 0.5,
+}
+_ALPHA = {**_TRIAL, "lr": 1e-3, "weight_power": 0.0, "alpha_steps": 1600, "alpha_floor": 0.05}
 
 
 @dataclass(kw_only=True)
@@ -52,7 +62,19 @@ class MeanFlow(JumpMethod):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 0.2, "sliced_w2": 0.2, "stray": 0.2}, max_steps=2400, law="ring-smooth"),
+        "ring": Trial(
+            fields=_ALPHA,
+            bounds={"flow_map": 0.17, "sliced_w2": 0.15, "mode_mass": 0.23, "stray": 0.2},
+            max_steps=2000,
+            ema_decay=0.998,
+        ),
+        "ring-jvp": Trial(
+            fields={**_TRIAL, "lr": 5e-4, "jvp": "one-sided"},
+            bounds={"flow_map": 0.42, "sliced_w2": 0.34, "mode_mass": 0.53, "stray": 0.39},
+            max_steps=2000,
+            law="ring-smooth",
+            ema_decay=0.998,
+        ),
     }
 
     kind: Literal["distillation", "data"] = "distillation"

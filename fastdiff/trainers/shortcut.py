@@ -29,7 +29,15 @@ from fastdiff.trainers._consistency import TARGET, choose
 from fastdiff.trainers._jumps import FLOW, JumpMethod, jump, mean_velocity, told_student
 from fastdiff.trainers.method import Batch, Calls, Paper, Trial
 
-_TRIAL = {"pairs": 20_000, "pair_steps": 40, "pair_guidance_scale": 1.0, "guidance_scale": 1.0, "lr": 1e-3}
+_TRIAL = {
+    "pairs": 20_000,
+    "pair_steps": 40,
+    "pair_guidance_scale": 1.0,
+    "guidance_scale": 1.0,
+    "lr": 1e-3,
+    "bootstrap_share": 0.5,
+    "decay": 0.99,
+}
 
 
 @dataclass(kw_only=True)
@@ -45,7 +53,10 @@ class Shortcut(JumpMethod):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 0.2, "sliced_w2": 0.2, "stray": 0.2}, max_steps=3000),
+        "ring": Trial(
+            fields=_TRIAL, bounds={"flow_map": 0.17, "sliced_w2": 0.135, "mode_mass": 0.19, "stray": 0.135}, max_steps=1500
+        ),
+        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 0.15, "w2": 0.56, "axes": 0.52}, max_steps=1500),
     }
 
     kind: Literal["distillation", "data"] = "distillation"

@@ -1,4 +1,4 @@
-"""Tiny random networks and pipelines of the families that take negative prompts: UNet, PixArt, SANA and SD3."""
+"""Tiny random networks and pipelines of diffusers' families; ``FAMILIES`` are those that take negative prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,15 +10,22 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
-from tiny import tiny_pipeline, tiny_unet
+from tiny import tiny_pipeline, tiny_sana, tiny_unet
 from torch import Tensor
+
+from fastdiff.models.teacher import Teacher
 
 _HEADS = {"attention_head_dim": 8, "num_attention_heads": 4, "num_layers": 2, "sample_size": 8}
 _LETTERS = list("abcdefghijklmnopqrstuvwxyz")
@@ -141,15 +148,85 @@ def _t5() -> tuple[Any, Any]:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=64), seeded(lambda: T5EncoderModel(config))
 
 
-def pixart_pipeline() -> PixArtAlphaPipeline:
+def pixart_pipeline(kind: type[Any] = PixArtAlphaPipeline) -> Any:
     tokenizer, encoder = _t5()
-    return PixArtAlphaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=seeded(_vae),
-        transformer=seeded(pixart),
-        scheduler=DDIMScheduler(),
+    return kind(tokenizer=tokenizer, text_encoder=encoder, vae=seeded(_vae), transformer=seeded(pixart), scheduler=DDIMScheduler())
+
+
+def pixart_sigma_pipeline() -> PixArtSigmaPipeline:
+    return pixart_pipeline(PixArtSigmaPipeline)
+
+
+def _clips() -> tuple[Any, Any, Any]:
+    """A tokenizer and two text encoders with a pooled output of 32."""
+    from transformers import CLIPTextModelWithProjection
+
+    clip = tiny_pipeline()
+    config = clip.text_encoder.config
+    config.projection_dim = 32
+    first, second = (seeded(lambda: CLIPTextModelWithProjection(config), seed) for seed in (0, 1))
+    return clip.tokenizer, first, second
+
+
+def sdxl_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
+    """Text states of both encoders side by side, 64 wide; micro-conditions of 8 values each."""
+    tokenizer, _, second = _clips()
+    unet = seeded(
+        lambda: UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(4, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+            cross_attention_dim=64,
+            norm_num_groups=8,
+        )
     )
+    return StableDiffusionXLPipeline(
+        vae=seeded(_vae),
+        text_encoder=tiny_pipeline().text_encoder.eval(),
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing"),
+    )
+
+
+def flux_pipeline(guidance_embeds: bool = True) -> FluxPipeline:
+    """Packed latents of 4 channels; its own size is 8 latent positions a side."""
+    tokenizer, encoder = _t5()
+    clip = tiny_pipeline()
+    transformer = seeded(
+        lambda: FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        )
+    )
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=seeded(lambda: _vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)),
+        text_encoder=clip.text_encoder.eval(),
+        tokenizer=clip.tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        transformer=transformer,
+    )
+    pipeline.default_sample_size = 8
+    return pipeline
 
 
 def sana_pipeline() -> SanaPipeline:
@@ -192,20 +269,91 @@ def sana_pipeline() -> SanaPipeline:
 
 
 def sd3_pipeline() -> StableDiffusion3Pipeline:
-    from transformers import CLIPTextModelWithProjection
-
     tokenizer, encoder = _t5()
-    clip = tiny_pipeline()
-    config = clip.text_encoder.config
-    config.projection_dim = 32
+    words, first, second = _clips()
     return StableDiffusion3Pipeline(
         transformer=seeded(sd3),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=seeded(lambda: _vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)),
-        text_encoder=seeded(lambda: CLIPTextModelWithProjection(config)),
-        tokenizer=clip.tokenizer,
-        text_encoder_2=seeded(lambda: CLIPTextModelWithProjection(config), 1),
-        tokenizer_2=clip.tokenizer,
+        text_encoder=first,
+        tokenizer=words,
+        text_encoder_2=second,
+        tokenizer_2=words,
         text_encoder_3=encoder,
         tokenizer_3=tokenizer,
     )
+
+
+def wan_pipeline() -> Any:
+    """For videos of 5 frames of 32x32: two latent frames of 16 channels, 4x4."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    tokenizer, _ = _t5()
+    network = {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 32}
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_umt5(),
+        transformer=seeded(lambda: WanTransformer3DModel(**network, ffn_dim=48, num_layers=2, rope_max_seq_len=32)),
+        vae=seeded(lambda: AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+
+
+def ltx_pipeline() -> Any:
+    """For videos of 5 frames of 32x32: two latent frames of 8 channels, 8x8."""
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+
+    tokenizer, encoder = _t5()
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 32}
+    return LTXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        transformer=seeded(lambda: LTXVideoTransformer3DModel(in_channels=8, out_channels=8, num_layers=2, **heads)),
+        vae=seeded(
+            lambda: AutoencoderKLLTXVideo(
+                latent_channels=8,
+                block_out_channels=(8, 8, 8, 8),
+                decoder_block_out_channels=(8, 8, 8, 8),
+                layers_per_block=(1,) * 5,
+                decoder_layers_per_block=(1,) * 5,
+                spatio_temporal_scaling=(True, True, False, False),
+                decoder_spatio_temporal_scaling=(True, True, False, False),
+                patch_size=1,
+                patch_size_t=1,
+            )
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def _umt5() -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    vocabulary = 4 + len(_LETTERS)
+    config = UMT5Config(vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    return seeded(lambda: UMT5EncoderModel(config))
+
+
+SMALL = {"height": 32, "width": 32, "num_frames": 5}
+TEACHERS: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
+    "sd": (tiny_pipeline, {}),
+    "sdxl": (sdxl_pipeline, {}),
+    "sdxl-v": (lambda: sdxl_pipeline("v_prediction"), {}),
+    "sd3": (sd3_pipeline, {}),
+    "flux": (flux_pipeline, {}),
+    "flux-schnell": (lambda: flux_pipeline(guidance_embeds=False), {"height": 16, "width": 24}),
+    "pixart": (pixart_pipeline, {}),
+    "pixart-sigma": (pixart_sigma_pipeline, {}),
+    "sana": (tiny_sana, {}),
+    "wan": (wan_pipeline, SMALL),
+    "ltx": (ltx_pipeline, SMALL),
+}
+"""Pipelines of all families, and the size of their samples where the network knows none."""
+IMAGES = [name for name in TEACHERS if "num_frames" not in TEACHERS[name][1]]
+
+
+def family_teacher(name: str) -> Teacher:
+    make, size = TEACHERS[name]
+    pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    return Teacher(pipeline, name=name, size=size)

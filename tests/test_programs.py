@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,13 @@ def test_help_begins_with_the_docstring() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True, env=environment)
     assert (ast.get_docstring(ast.parse(path.read_text())) or "?").splitlines()[0] in done.stdout
+
+
+def test_the_readme_s_own_network_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = [text for text in blocks if "Teacher.from_module" in text]
+    assert len(block.splitlines()) < 30
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), found)
+    assert (tmp_path / "runs" / "own" / "student.safetensors").is_file()

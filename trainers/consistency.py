@@ -29,7 +29,6 @@ def main(
         steps=steps,
         guidance_scale=guidance_scale,
         pair_guidance_scale=guidance_scale,
-        curriculum_steps=max_steps,
         lr=lr,
     )
     trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed)

@@ -20,7 +20,7 @@ def main(
     max_steps: int = 1000,
     kind: Literal["scd", "sct"] = "scd",
     guidance_scale: float = 3.0,
-    tangent_warmup: int = 300,
+    tangent_warmup: int | None = None,
     steps: int = 1,
     lr: float = 1e-4,
     seed: int = 0,

@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     from fastdiff.trainers.engine import Trainer
 
     quiet()
-    teacher = Teacher.from_pretrained(options.teacher)
+    teacher = Teacher.from_pretrained(options.teacher, size=options.size)
     trainer = Trainer(method, teacher, prompts=options.prompts, config=config)
     with _resumable(argv, config.output_dir):
         pipeline = trainer.train()

@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
 
     quiet()
     check_folder(dataclasses.replace(config, resume=False))  # a run of one student in the same folder
-    stages, teacher = stages_of(options, config, method), Teacher.from_pretrained(options.teacher)
+    stages, teacher = stages_of(options, config, method), Teacher.from_pretrained(options.teacher, size=options.size)
     prompts, k = read_prompts(options.prompts, teacher), options.students
     by_clusters = options.partition == "clusters"
     partition = Partition.by_clusters(prompts, k, teacher, seed=config.seed) if by_clusters else Partition.by_class(prompts, k)

@@ -24,6 +24,7 @@ SYNONYMS = {
     "gradient_accumulation_steps": "accumulation",
     "num_inference_steps": "steps",
     "cfg": "guidance_scale",
+    "guidance_scale": "guidance_range",
     "model": "teacher",
 }
 
@@ -37,7 +38,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def synonyms(word: str, known: Iterable[str]) -> list[str]:
     """The known options that ``word`` may mean by ``SYNONYMS``: that name itself, or those that end in it (``fake_score_lr``)."""
-    names, meant = list(known), SYNONYMS.get(word.replace("-", "_"))
+    names, word = list(known), word.replace("-", "_")
+    meant = SYNONYMS.get(word)
     if meant is None or word in names:
         return []
     return [meant] if meant in names else [name for name in names if name.endswith(f"_{meant}")]

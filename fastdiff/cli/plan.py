@@ -116,7 +116,7 @@ def _calls(plan: "Plan") -> list[str]:
 
 
 def _facts(plan: "Plan") -> list[str]:
-    drawn = ", ".join(f"{name} {low}..{high}" for name, (low, high) in plan.noise_range.items()) or "none"
+    drawn = ", ".join(f"{name} {low}..{high}" for name, (low, high) in plan.noise_range.items()) or "none uniformly by level"
     times = ", ".join(map(str, plan.timesteps))
     export: dict[str, Any] = plan.export
     saved = (
@@ -133,7 +133,7 @@ def run(argv: Sequence[str]) -> int:
     from fastdiff.trainers._plan import plan
 
     quiet()
-    teacher = Teacher.planned(options.teacher)
+    teacher = Teacher.planned(options.teacher, size=options.size)
     planned = plan(method, teacher, config, prompts=options.prompts, gpus=options.gpus, sharding=options.sharding)
     print("\n".join(lines(planned)))
     if options.json:

@@ -30,8 +30,20 @@ class Run:
     """A bundled teacher (`fashion`, or `fashion-flow`), a diffusers folder, or a hub id."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Text file with one prompt a line; the bundled teachers bring their own."""
+    sample_height: int | None = None
+    """Of a sample in pixels, where the teacher's network knows no size (FLUX, videos); without it that of its pipeline's call."""
+    sample_width: int | None = None
+    """The same."""
+    sample_frames: int | None = None
+    """Frames of a sample of a video teacher; without it that of its pipeline's call."""
     evaluate: bool = True
     """Measure teacher and student after the training."""
+
+    @property
+    def size(self) -> dict[str, int]:
+        """What was said of a sample's size."""
+        given = {"height": self.sample_height, "width": self.sample_width, "num_frames": self.sample_frames}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def engine_options() -> "type[Config]":

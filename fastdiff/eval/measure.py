@@ -147,6 +147,7 @@ def _done(instruments: Instruments, subject: Subject, folder: str | Path, seed: 
         "patch_preprocess": "" if instruments.patch is None else instruments.protocol.patch_preprocess,
         "ddof": 1,
         "inception_splits": next((f.about for f in instruments.further if f.name == "Inception score"), ""),
+        "further": tuple(f"{f.name}: {f.about}" for f in instruments.further if f.name != "Inception score"),
         "reference_sha256": instruments.reference_sha256,
     }
 

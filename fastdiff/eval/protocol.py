@@ -3,9 +3,10 @@
     FID[lanczos256-centre:truncate]-30k#5b0c3d1a = 8.41 +- 0.06
 
 The hash is the first eight hex digits of the SHA-256 of the choices' canonical JSON: keys sorted, no spaces, numbers in the
-field's type. ``name``, ``about``, ``sources`` and ``recalled`` are commentary and do not enter it. Two scores with different
-hashes are scores of different things, and ``comparable`` says in which fields. An empty value leaves the choice open: it is
-then a column of the result (``steps`` and ``guidance_scale`` differ between a teacher and its student by design).
+field's type. ``name``, ``about``, ``sources`` and ``recalled`` are commentary and do not enter it, nor does an empty
+``further``. Two scores with different hashes are scores of different things, and ``comparable`` says in which fields. An empty
+value leaves the choice open: it is then a column of the result (``steps`` and ``guidance_scale`` differ between a teacher and
+its student by design).
 """
 
 import dataclasses
@@ -86,6 +87,8 @@ class Protocol:
     """How the Inception score is split, such as ``10 splits`` or ``splits of 5000``."""
     neighbours: int | None = None
     """k of precision and recall."""
+    further: tuple[str, ...] = ()
+    """What scores beside the feature pass were measured with (sFID, CMMD, copies of training images): filled in when they are."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -134,8 +137,9 @@ class Protocol:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """All fields but the commentary."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in COMMENTARY}
+        """All fields but the commentary, and ``further`` only where there is any."""
+        named = [item.name for item in fields(self) if item.name not in COMMENTARY]
+        return {name: getattr(self, name) for name in named if name != "further" or self.further}
 
     @property
     def canonical(self) -> str:
@@ -181,8 +185,8 @@ def presets() -> list[str]:
 
 def comparable(a: Protocol, b: Protocol) -> None:
     """``UserError`` that names every differing choice, unless scores of ``a`` and ``b`` may stand in one table."""
-    theirs = b.choices
-    differ = [f"{key}: {value!r} and {theirs[key]!r}" for key, value in a.choices.items() if value != theirs[key]]
+    ours, theirs = {"further": (), **a.choices}, {"further": (), **b.choices}
+    differ = [f"{key}: {value!r} and {theirs[key]!r}" for key, value in ours.items() if value != theirs[key]]
     if differ:
         raise UserError(
             f"{a.name}#{a.hash} and {b.name}#{b.hash} are different protocols, and their scores do not compare. "

@@ -52,28 +52,29 @@ class VectorHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Features [B, size * size, width] of a square of tokens, row by row, to one logit per sample [B]; size at least 2."""
+    """Features [B, h w, width] of tokens, row by row, to one logit per sample [B]; ``size`` is h = w or (h, w), at least 2."""
 
-    def __init__(self, width: int, size: int) -> None:
+    def __init__(self, width: int, size: int | tuple[int, int]) -> None:
         super().__init__()
-        self.size, self.head = size, FeatureHead(width, size)
+        self.size, self.head = size if isinstance(size, tuple) else (size, size), FeatureHead(width, size)
 
     def forward(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.head(features.unflatten(1, (self.size, self.size)).movedim(-1, 1))
+        logits: Tensor = self.head(features.unflatten(1, self.size).movedim(-1, 1))
         return logits
 
 
 class FeatureHead(nn.Module):
-    """Features [B, width, h, w], h and w at least 2, to one logit per sample [B]."""
+    """Features [B, width, h, w], ``size`` being h = w or (h, w), at least 2, to one logit per sample [B]."""
 
-    def __init__(self, width: int, size: int, hidden: int = 64) -> None:
+    def __init__(self, width: int, size: int | tuple[int, int], hidden: int = 64) -> None:
         super().__init__()
+        height, across = size if isinstance(size, tuple) else (size, size)
         groups = max(hidden // 16, 1)
         self.layers = nn.Sequential(
             nn.Conv2d(width, hidden, 4, stride=2, padding=1),
             nn.GroupNorm(groups, hidden),
             nn.SiLU(),
-            nn.Conv2d(hidden, hidden, size // 2),
+            nn.Conv2d(hidden, hidden, (height // 2, across // 2)),
             nn.GroupNorm(groups, hidden),
             nn.SiLU(),
             nn.Conv2d(hidden, 1, 1),

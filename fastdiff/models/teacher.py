@@ -9,7 +9,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,17 @@ class Teacher:
         prompts: the prompts it brings along, or None.
     """
 
-    def __init__(self, source: Any, *, name: str = "teacher", prompts: Sequence[str] | None = None, law: Law | None = None) -> None:
+    def __init__(
+        self,
+        source: Any,
+        *,
+        name: str = "teacher",
+        prompts: Sequence[str] | None = None,
+        law: Law | None = None,
+        size: Mapping[str, int] | None = None,
+    ) -> None:
         self.family: Family = source if isinstance(source, Family) else family_of(source)
+        self._resize(name, size or {})
         self.pipeline, self.name, self.law = self.family.pipeline, name, law
         self.prompts = None if prompts is None else list(prompts)
         for part in self.family.networks():
@@ -57,6 +66,16 @@ class Teacher:
         self._null: tuple[Any, Any] = (None, None)
         network = self.family.network(self.family.backbone)
         self.denoiser = LawDenoiser(law) if law is not None else Denoiser(network, self.process, self.prediction_type)
+
+    def _resize(self, name: str, size: Mapping[str, int]) -> None:
+        known = self.family.sizes
+        if unknown := [key for key in size if key not in known]:
+            own = f"takes {', '.join(known)}" if known else "has the size of its network"
+            raise UserError(
+                f"{name} {own}, and not {', '.join(unknown)}: a sample would have had another shape than was asked for."
+            )
+        if size:
+            self.family.size = dict(size)
 
     def _check(self, law: Law) -> None:
         ends = torch.tensor([self.process.t_min, self.process.t_max])
@@ -102,22 +121,31 @@ class Teacher:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        size: Mapping[str, int] | None = None,
     ) -> "Teacher":
         """Load a bundled teacher by name, a diffusers folder, or a hub id.
 
+        Args:
+            size: height, width and num_frames of a sample, where the network knows no size of its own (FLUX, videos); without it
+                those of the pipeline's call.
+
         Raises:
-            UserError: the folder does not exist, is no pipeline, or holds damaged weights.
+            UserError: the folder does not exist, is no pipeline, or holds damaged weights; or the family takes no such size.
         """
-        return cls(load_pipeline(name, dtype=dtype).to(device), name=_short(name))
+        return cls(load_pipeline(name, dtype=dtype).to(device), name=_short(name), size=size)
 
     @classmethod
-    def planned(cls, name: str | Path, *, dtype: torch.dtype | None = None) -> "Teacher":
+    def planned(cls, name: str | Path, *, dtype: torch.dtype | None = None, size: Mapping[str, int] | None = None) -> "Teacher":
         """The teacher without its weights: networks on the meta device, built from configs, with the real scheduler and tokenizer.
 
         It knows shapes, dtypes and times; what reads weights (``identity``, pictures) does not work on it.
         """
-        return cls(load_pipeline(name, dtype=dtype, blank=True), name=_short(name))
+        return cls(load_pipeline(name, dtype=dtype, blank=True), name=_short(name), size=size)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -159,7 +187,12 @@ class Teacher:
             times = torch.linspace(self.process.t_min, self.process.t_max, 1001, dtype=torch.float64)
         path = zip(self.process.alpha(times).tolist(), self.process.sigma(times).tolist(), strict=True)
         schedule = ",".join(f"{a:.9g} {s:.9g}" for a, s in path)
-        parts = [*map(_hash, networks), self.prediction_type, schedule]
+        parts = [
+            *map(_hash, networks),
+            self.prediction_type,
+            schedule,
+            *(f"{key}={value}" for key, value in self.family.size.items()),
+        ]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
 

@@ -22,7 +22,7 @@ from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.guidance_embedding import guidance_width
 from fastdiff.models.teacher import Teacher
 from fastdiff.models.tokenizers import add_slow_files
-from fastdiff.pipelines.few_step import LCM_STEPS, ddim_scheduler, lcm_scheduler
+from fastdiff.pipelines.few_step import LCM_STEPS, ddim_scheduler, lcm_scheduler, plain_lcm
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
 
 TOLERANCE = 1e-5
@@ -34,19 +34,21 @@ sys.modules["fastdiff"] = None                       # the folder must work wher
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-folder, given, threads, call = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-torch.set_num_threads(threads)
-pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=True)  # ours, just written
-pipeline.set_progress_bar_config(disable=True)
+torch.set_num_threads(int(sys.argv[1]))
 calls = []
-network = getattr(pipeline, "unet", None) or pipeline.transformer
-network.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
-prompts = json.load(open(given + ".json"))
-draws = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-noise = load_file(given + ".safetensors")["noise"]
-images = pipeline(prompts, latents=noise, generator=draws, output_type="pt", **call).images
-save_file({"images": images.contiguous()}, given + ".out.safetensors")
-print(json.dumps({"calls": calls, "class": type(pipeline).__name__}))
+for folder, given, call in map(json.loads, sys.argv[2:]):
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, trust_remote_code=True)  # ours, just written
+    pipeline.set_progress_bar_config(disable=True)
+    calls.append([])
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    network.register_forward_hook(lambda module, inputs, output: calls[-1].append(len(output[0])))
+    prompts = json.load(open(given + ".json"))
+    draws = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    noise = load_file(given + ".safetensors")["noise"]
+    made = pipeline(prompts, latents=noise, generator=draws, output_type="pt", **call)
+    images = made.frames if hasattr(made, "frames") else made.images
+    save_file({"images": images.contiguous()}, given + ".out.safetensors")
+print(json.dumps(calls))
 """
 
 _CARD = """---
@@ -131,13 +133,9 @@ class Schedule:
 
     def extras(self, teacher: Teacher, pipeline: Any, folder: Path, prompt: str) -> str:
         """Write further files beside the pipeline's own and return what the card says about them."""
-        from diffusers import LCMScheduler
-
         add_slow_files(folder / "tokenizer")
         if len(self.times) == 1:
-            options = {"original_inference_steps": 1, "timestep_spacing": "leading"}
-            plain = LCMScheduler.from_config(teacher.pipeline.scheduler.config, **options)
-            plain.save_pretrained(folder / "scheduler_lcm")
+            plain_lcm(teacher.pipeline.scheduler.config, original_inference_steps=1).save_pretrained(folder / "scheduler_lcm")
         if type(pipeline) is not type(teacher.pipeline):
             return ""
         shutil.copyfile(Path(__file__).with_name("negative.py"), folder / NEGATIVE)  # its class has that pipeline's call
@@ -202,7 +200,8 @@ def export_student(
     """
     if teacher.pipeline is not None:
         pipeline = export_pipeline(teacher, network, folder, schedule, note=note, prompt=prompts[0])
-        return pipeline, verify_export(folder, schedule, prompts, noise, expected)
+        latents = teacher.family.drawn_from(noise)
+        return pipeline, verify_export(folder, schedule, prompts, latents, expected)
     export_module(network, folder, note)
     again = copy.deepcopy(network)
     load_module(again, folder)
@@ -284,36 +283,58 @@ def replace(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def verify_export(folder: Path, schedule: Schedule, prompts: list[str], noise: Tensor, expected: Tensor) -> float:
-    """Largest difference between ``expected`` images [B, 3, H, W] in [0, 1] and those of the folder in a fresh process.
+@dataclass(frozen=True)
+class Exported:
+    """A folder, its call, and the images [B, 3, H, W] or frames [B, F, 3, H, W] that it must make of prompts and ``latents``."""
 
-    The process cannot import fastdiff, loads the folder with ``DiffusionPipeline`` and makes the call of its card.
+    folder: Path
+    schedule: Schedule
+    prompts: list[str]
+    latents: Tensor
+    expected: Tensor
+
+
+def verify_export(folder: Path, schedule: Schedule, prompts: list[str], latents: Tensor, expected: Tensor) -> float:
+    """``verify_exports`` of one folder."""
+    return verify_exports([Exported(folder, schedule, prompts, latents, expected)])[0]
+
+
+def verify_exports(exported: Sequence[Exported]) -> list[float]:
+    """Largest difference between the expected images of each folder and those that it makes in a fresh process.
+
+    The process cannot import fastdiff, loads the folders with ``DiffusionPipeline`` and makes the calls of their cards.
 
     Raises:
-        RuntimeError: the folder does not load, the call made another number of network calls, or the images differ by more than
+        RuntimeError: a folder does not load, its call made another number of network calls, or the images differ by more than
             ``TOLERANCE``.
     """
     from safetensors.torch import load_file, save_file
 
     with tempfile.TemporaryDirectory() as scratch:
-        given = str(Path(scratch) / "given")
-        Path(given + ".json").write_text(json.dumps(prompts))
-        save_file({"noise": noise.cpu().contiguous()}, given + ".safetensors")
-        command = [sys.executable, "-I", "-c", _CHILD, str(folder.resolve()), given, str(torch.get_num_threads())]
-        command.append(json.dumps(schedule.call))
+        jobs = []
+        for i, one in enumerate(exported):
+            given = str(Path(scratch) / f"given-{i}")
+            Path(given + ".json").write_text(json.dumps(one.prompts))
+            save_file({"noise": one.latents.cpu().contiguous()}, given + ".safetensors")
+            jobs.append((str(one.folder.resolve()), given, one.schedule.call))
+        command = [sys.executable, "-I", "-c", _CHILD, str(torch.get_num_threads()), *map(json.dumps, jobs)]
         own_code = {**os.environ, "HF_MODULES_CACHE": scratch}  # a pipeline's file is copied before it is run
         child = subprocess.run(command, capture_output=True, text=True, cwd=scratch, env=own_code, check=False)
         if child.returncode != 0:
-            raise RuntimeError(f"{folder} does not work in plain diffusers:\n{child.stderr[-2000:]}")
-        report = json.loads(child.stdout.splitlines()[-1])
-        images = load_file(given + ".out.safetensors")["images"]
-    if report["calls"] != [len(prompts)] * len(schedule.times):
-        raise RuntimeError(
-            f"the call on {folder} made network calls {report['calls']}, expected {len(schedule.times)} of {len(prompts)} images."
-        )
-    difference = (images - expected.cpu()).abs().max().item()
+            folders = ", ".join(str(one.folder) for one in exported)
+            raise RuntimeError(f"{folders} does not work in plain diffusers:\n{child.stderr[-2000:]}")
+        calls = json.loads(child.stdout.splitlines()[-1])
+        images = [load_file(given + ".out.safetensors")["images"] for _, given, _ in jobs]
+    return [_difference(*each) for each in zip(exported, calls, images, strict=True)]
+
+
+def _difference(one: Exported, calls: list[int], images: Tensor) -> float:
+    n, steps = len(one.prompts), len(one.schedule.times)
+    if calls != [n] * steps:
+        raise RuntimeError(f"the call on {one.folder} made network calls {calls}, expected {steps} of {n} images.")
+    difference = (images - one.expected.cpu()).abs().max().item()
     if not difference < TOLERANCE:
         raise RuntimeError(
-            f"{folder} in plain diffusers differs from the trainer's samples by {difference:.2e}, allowed {TOLERANCE}."
+            f"{one.folder} in plain diffusers differs from the trainer's samples by {difference:.2e}, allowed {TOLERANCE}."
         )
     return difference

@@ -9,6 +9,7 @@ trained at. The table of betas is the teacher's own up to the largest of them. A
 gives another number of times.
 """
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ def own_call(pipeline: Any) -> dict[str, Any]:
         call: dict[str, Any] | None = json.loads(note.read_text(encoding="utf-8")).get("call")
         if call is not None:
             return call
-    if own := next((family(pipeline).call for family in FAMILIES if type(pipeline).__name__ in family.pipelines), {}):
+    own: dict[str, Any] = next((family(pipeline).call for family in FAMILIES if type(pipeline).__name__ in family.pipelines), {})
+    if own:
         return own
     trained = getattr(pipeline, "scheduler", None) and pipeline.scheduler.config.get("original_inference_steps")
     lcm = type(pipeline).__name__ == "LatentConsistencyModelPipeline"
@@ -53,38 +55,40 @@ def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, o
     Raises:
         ValueError: times are not ``solvers.lcm_times(K, original_steps)``; without a grid, ``T - 1 - k T / K``.
     """
-    from diffusers import LCMScheduler
-
-    scheduler = LCMScheduler.from_config(
-        config,
-        original_inference_steps=original_steps or len(times),
-        timestep_spacing="leading",
-        num_train_timesteps=num_train_timesteps,
-        clip_sample=False,
-        thresholding=False,
-        rescale_betas_zero_snr=False,
-    )
+    given = {"original_inference_steps": original_steps or len(times), "num_train_timesteps": num_train_timesteps}
+    scheduler = plain_lcm(config, **given, clip_sample=False, thresholding=False, rescale_betas_zero_snr=False)
     scheduler.set_timesteps(len(times))
     return _checked(scheduler, times)
 
 
-def ddim_scheduler(alphas_cumprod: Tensor, times: Sequence[int], prediction_type: str) -> Any:
-    """A stock scheduler that makes DDIM steps through ``times`` to x0 when it is asked for 50 steps.
+def plain_lcm(config: Any, **options: Any) -> Any:
+    """``LCMScheduler`` with leading spacing under the schedule of another scheduler's config.
+
+    Not by ``from_config``: it leaves out every value that was a default where it comes from, and LCM's own defaults are others.
+    """
+    from diffusers import LCMScheduler
+
+    names = inspect.signature(LCMScheduler.__init__).parameters
+    return LCMScheduler(**{**{k: v for k, v in config.items() if k in names}, "timestep_spacing": "leading", **options})
+
+
+def ddim_scheduler(alphas_cumprod: Tensor, times: Sequence[int], prediction_type: str, *, asked: int = BARE_STEPS) -> Any:
+    """A stock scheduler that makes DDIM steps through ``times`` to x0 when it is asked for ``asked`` steps.
 
     Args:
         alphas_cumprod: the teacher's table [T].
 
     Raises:
-        ValueError: times are not ``L - 1 - k L / K`` for some L, or K does not divide 50 L.
+        ValueError: times are not ``L - 1 - k L / K`` for some L, or K does not divide ``asked`` L.
     """
     from diffusers import DPMSolverMultistepScheduler
 
     last, k = times[0] + 1, len(times)
-    if k > BARE_STEPS or (BARE_STEPS * last) % k:
+    if k > asked or (asked * last) % k:
         raise ValueError(f"times {list(times)} are not one of every {k} of {last}.")
     table = alphas_cumprod.double()[:last]
     betas = 1 - table / torch.cat([torch.ones(1, dtype=torch.float64), table[:-1]])
-    total = BARE_STEPS * last // k
+    total = asked * last // k
     beyond = torch.full((total - last,), 0.01, dtype=torch.float64)
     options: dict[str, Any] = {
         "num_train_timesteps": total,
@@ -99,7 +103,7 @@ def ddim_scheduler(alphas_cumprod: Tensor, times: Sequence[int], prediction_type
     log_snr = DPMSolverMultistepScheduler(**options).lambda_t
     clip = float(log_snr[last - 1] + log_snr[last]) / 2 if total > last else -float("inf")
     scheduler = DPMSolverMultistepScheduler(**options, lambda_min_clipped=clip)
-    scheduler.set_timesteps(BARE_STEPS)
+    scheduler.set_timesteps(asked)
     return _checked(scheduler, times)
 
 

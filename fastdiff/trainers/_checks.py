@@ -36,6 +36,8 @@ def check_steps(method: Method, teacher: Teacher) -> None:
         return
     try:
         method.schedule(teacher).parts(teacher)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(
             f"{method.name()} calls its student at times {method.timesteps(teacher)}, which no exported pipeline of {teacher.name} "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdiff.diffusion.guidance import Scale
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.diffusion.process import LEVELS, expand
+from fastdiff.diffusion.process import LEVELS, RectifiedFlow, expand
 from fastdiff.diffusion.solvers import ddim_step, lcm_times
 from fastdiff.errors import UserError
 from fastdiff.losses import consistency, latent_consistency, reduce
@@ -66,6 +66,14 @@ class LatentConsistency(StoredPairs):
 
     def levels(self) -> list[int]:
         return lcm_times(self.steps, self.original_steps, LEVELS)
+
+    def validate(self, teacher: Teacher) -> None:
+        flow = isinstance(teacher.process, RectifiedFlow) and teacher.pipeline is not None
+        if flow and self.steps > 2 and self.original_steps % self.steps:
+            raise UserError(
+                f"original_steps is {self.original_steps} and steps {self.steps}: the times of the student would be uneven, and no "
+                f"stock scheduler of a flow visits them. Give original_steps={self.original_steps // self.steps * self.steps}."
+            )
 
     def schedule(self, teacher: Teacher) -> Schedule:
         return schedule_of(teacher, self.timesteps(teacher), self.sampler, original_steps=self.original_steps)

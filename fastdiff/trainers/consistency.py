@@ -39,7 +39,7 @@ from fastdiff.trainers._consistency import (
     two_passes,
     with_boundary,
 )
-from fastdiff.trainers.method import Batch, Calls, Paper, Trial
+from fastdiff.trainers.method import Batch, Calls, Paper, Preparation, Trial
 
 _CHOICES = {"kind": ("cd", "ct", "ict", "ect"), "solver": ("heun", "ddim"), "norm": ("squared", "absolute")}
 _CURRICULA = {"ct": (2, 150), "ict": (10, 1280)}
@@ -94,8 +94,8 @@ class Consistency(ConsistencyMethod):
     """cd: N, the times of the grid."""
     curriculum: tuple[int, int] | None = None
     """ct, ict: s0 and s1, intervals at the first and the last iteration; None is CT's (2, 150) and iCT's (10, 1280)."""
-    curriculum_steps: int = 10_000
-    """ct, ict, ect: iterations over which N grows or stages pass. Set it to those of the run: it does not know them."""
+    curriculum_steps: int | None = None
+    """ct, ict, ect: iterations over which N grows or stages pass; None is those of the run."""
     target_decay: float = 0.95
     """cd: share of itself that the target keeps at each update (recalled). ct: mu0, the share at N = s0."""
     norm: Literal["squared", "absolute"] = "squared"
@@ -122,8 +122,9 @@ class Consistency(ConsistencyMethod):
         if self.grid_size < 2 or not 2 <= first <= last:
             raise UserError(f"grid_size is {self.grid_size}, curriculum {(first, last)}: expected N >= 2 times and 2 <= s0 <= s1.")
         for name in ("curriculum_steps", "stages"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1.")
+        self._length = self.curriculum_steps or 1
         for name in ("log_nsr_std", "lr"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be above 0.")
@@ -165,16 +166,19 @@ class Consistency(ConsistencyMethod):
     def teacher_guidance(self) -> float:
         return self.guidance_scale if self.kind == "cd" else self.pair_guidance_scale
 
+    def prepare(self, preparation: Preparation) -> None:
+        super().prepare(preparation)
+        self._length = self.curriculum_steps or preparation.max_steps
+
     # --- curricula
 
     def times_at(self, step: int) -> int:
         """N, the times of the grid at an iteration."""
         first, last = self.intervals
-        step = min(step, self.curriculum_steps)
         if self.kind == "cd":
             return self.grid_size
         grow = consistency_intervals if self.kind == "ct" else doubling_intervals
-        return grow(step, self.curriculum_steps, first=first, last=last)
+        return grow(min(step, self._length), self._length, first=first, last=last)
 
     def decay_at(self, step: int) -> float:
         """The decay of the target's average."""
@@ -184,7 +188,7 @@ class Consistency(ConsistencyMethod):
 
     def stage_at(self, step: int) -> int:
         """ECT's stage, from 0."""
-        return min(step * self.stages // self.curriculum_steps, self.stages - 1)
+        return min(step * self.stages // self._length, self.stages - 1)
 
     def interval(self, batch: Batch) -> Interval:
         """The times of a batch."""

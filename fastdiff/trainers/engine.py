@@ -301,7 +301,10 @@ class Trainer:
         changed = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if changed:
             shown = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine.get(k)!r}" for k in changed[:3])
-            raise UserError(f"cannot resume {path}: {shown}. The run would not repeat itself; give the same options.")
+            raise UserError(
+                f"cannot resume {path}: {shown}. The run would not repeat itself; give the same options, or "
+                "start another run in another --output."
+            )
         for name in self._roles.specs:
             self._roles.load(name, tensors[f"role.{name}"])
         for name, optimizer in self._optimizers.items():
@@ -359,17 +362,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return None
         network, adapter = self._with_ema(lambda: (self._roles.merged("student"), self._roles.adapter("student")))
-        schedule = self.method.schedule(self.teacher)
-        note = {
-            "method": self.method.name(),
-            "teacher": self.teacher.name,
-            "num_inference_steps": len(schedule.times),
-            "timesteps": schedule.times,
-            "guidance_scale": schedule.guidance_scale or 1.0,
-            "guidance_range": schedule.guidance_range,
-            "call": schedule.call,
-            "run": self._identity(),
-        }
+        note = self.method.note(self.teacher) | {"run": self._identity()}
         self._roles.close()
         self._log.close_bar()
         delivered = self.method.deliver(Finished(self.teacher, network, self.folder, note, *self._fixed(_SHOWN), adapter))

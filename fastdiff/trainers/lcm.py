@@ -87,6 +87,7 @@ class LCM(LatentConsistency):
         }
 
     def validate(self, teacher: Teacher) -> None:
+        super().validate(teacher)
         if not self.embeds:
             return
         try:

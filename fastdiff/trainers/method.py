@@ -269,6 +269,19 @@ class Method(ABC):
         """What the exported pipeline must do."""
         return schedule_of(teacher, self.timesteps(teacher), self.sampler)
 
+    def note(self, teacher: Teacher) -> dict[str, Any]:
+        """What ``fastdiff.json`` of the exported folder says of how it is called."""
+        schedule = self.schedule(teacher)
+        return {
+            "method": self.name(),
+            "teacher": teacher.name,
+            "num_inference_steps": len(schedule.times),
+            "timesteps": schedule.times,
+            "guidance_scale": schedule.guidance_scale or 1.0,
+            "guidance_range": schedule.guidance_range,
+            "call": schedule.call,
+        }
+
     def validate(self, teacher: Teacher) -> None:
         """Refuse, with the reason, a teacher this method cannot use."""
         del teacher

@@ -3,7 +3,7 @@ r"""sCM: continuous-time consistency, distilled from the teacher (sCD) or learne
     x_t = cos t x0 + sin t z,   z = sd eps,   tan t = exp(N(log_mean, log_std^2)) / sd          TrigFlow
     v   = dx_t/dt: the guided teacher's (sCD), or cos t z - sin t x0 (sCT)
     F   = the student seen under TrigFlow at the same noise-to-signal ratio;   f = cos t x_t - sd sin t F
-    g   = -cos^2 t (sd F - v) - r (cos t sin t x_t + sd J),   J = cos t sin t dF/dt along v,   r = min(1, step / tangent_warmup)
+    g   = -cos^2 t (sd F - v) - r (cos t sin t x_t + sd J),   J = cos t sin t dF/dt along v,   r = min(1, step / warmup)
     L   = e^w(t) |F - sg F - sg N(g)|^2 / n - w(t),           gradient -2 e^w / n N(g) dF
 
 At r = 1, g = cos t df/dt, zero where f is constant along the teacher's trajectories. J is a directional derivative of the network
@@ -36,6 +36,8 @@ from fastdiff.trainers._tangents import FORWARDS, Estimator, angles, choose_esti
 from fastdiff.trainers.method import Batch, Calls, Paper, Preparation, Prepared, Trial
 from fastdiff.trainers.trajectory import Sampler
 
+WARMUP = 10_000
+"""Iterations of the paper's tangent warm-up."""
 _CHOICES = {
     "kind": ("scd", "sct"),
     "normalisation": ("norm", "rms", "clip"),
@@ -125,8 +127,8 @@ class SCM(StoredPairs):
     """Its deviation (paper: 1.4 to 1.6)."""
     max_time_share: float = 0.0
     """Share of the samples put at the last time, where one-step sampling begins (SANA-Sprint: 0.5); drawn at random."""
-    tangent_warmup: int = 10_000
-    """Iterations over which the tangent grows in, from the regression of F to v; 0 is none."""
+    tangent_warmup: int | None = None
+    """Iterations in which the tangent grows in, from regression of F to v; None is a quarter of the run, at most 10,000 (paper)."""
     normalisation: Literal["norm", "rms", "clip"] = "norm"
     """How a sample's tangent is made of order one: its norm, its root mean square, or bounds of 1 on its elements."""
     c: float = 0.1
@@ -152,7 +154,7 @@ class SCM(StoredPairs):
         for name in ("sigma_data", "log_std", "c", "lr"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be above 0.")
-        if not 0 <= self.max_time_share < 1 or self.tangent_warmup < 0:
+        if not 0 <= self.max_time_share < 1 or (self.tangent_warmup or 0) < 0:
             raise UserError(
                 f"max_time_share is {self.max_time_share}, tangent_warmup {self.tangent_warmup}: "
                 "expected a share in [0, 1) and a number of iterations."
@@ -203,12 +205,16 @@ class SCM(StoredPairs):
         seen = under_trigflow(preparation.teacher.process, self.sigma_data)
         estimator = choose_estimator(preparation, self.jvp, seen, single_call=self.single_call)
         self._begin(estimator, preparation.teacher)
+        if self.tangent_warmup is None:
+            self._warmup = min(WARMUP, preparation.max_steps // 4)
+            preparation.say(f"the tangent grows in over {self._warmup} iterations (tangent_warmup).")
 
     def prepare_blank(self, teacher: Teacher, world_size: int) -> Prepared:
         self._begin(Estimator("forward"), teacher)
         return super().prepare_blank(teacher, world_size)
 
     def _begin(self, estimator: Estimator, teacher: Teacher) -> None:
+        self._warmup = WARMUP if self.tangent_warmup is None else self.tangent_warmup
         self._estimator = estimator
         self._range = estimator.within(*angles(teacher.process, self.sigma_data))
 
@@ -220,7 +226,7 @@ class SCM(StoredPairs):
         prediction, frozen, jvp = self._estimator(network, primals, tangents)
         if self.single_call:
             roles.watched("student", prediction)
-        warmup = min(1.0, batch.draws.key[2] / self.tangent_warmup) if self.tangent_warmup else 1.0
+        warmup = min(1.0, batch.draws.key[2] / self._warmup) if self._warmup else 1.0
         g = scm_tangent(x_t, t, frozen, velocity, jvp, sigma_data=sd, warmup=warmup)
         g = normalise_tangent(g, kind=self.normalisation, c=self.c)
         weight = inverse_sigma_weight(t, sigma_data=sd) if self.extra_weight == "inv_sigma" else 1.0

@@ -72,6 +72,7 @@ def test_the_name_that_others_have_for_an_option_is_told_ours(words, says):
 def test_a_method_with_another_rate_is_named_that_one():
     assert nearest("learning_rate", ["max_steps", "regression_lr"]) == ", did you mean 'regression_lr'?"
     assert nearest("learning_rate", ["max_steps", "lr", "fake_score_lr"]) == ", did you mean 'lr'?"
+    assert nearest("guidance_scale", ["lr", "guidance_range"]) == ", did you mean 'guidance_range'?"
 
 
 def test_help_shows_the_docstring_under_a_field(capsys):

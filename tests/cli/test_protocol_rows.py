@@ -198,3 +198,27 @@ def test_a_student_keeps_its_scheduler_and_stands_beside_its_teacher(world: Worl
     assert main([*world.words(stranger, student), f"--prompts={tmp_path / 'prompts.txt'}"]) == 0
     assert [row["steps"] for row in read_rows(tmp_path / "out.json")] == [1, 50]
     assert json.loads((tmp_path / "out.json").read_text())["protocol"]["scheduler"] == "LCMScheduler"
+
+
+def test_a_sweep_under_a_protocol_has_a_row_a_cell(world: World, stranger: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a zebra\na boot\n")
+    picture, named = (
+        tmp_path / "sweep.png",
+        {"protocol": "mine.toml", "reference": "real", "images": "images", "prompts": "prompts.txt"},
+    )
+    words = [f"--{key}={tmp_path / name}" for key, name in named.items()] + ["--workers", "0", f"--output={picture}"]
+    cells = ["--num-images", "2", "--steps", "1", "2", "--guidance", "1", "2"]
+    assert main(["eval", "sweep", str(stranger), *words, *cells]) == 0
+    rows = read_rows(picture.with_suffix(".json"))
+    assert [(row["steps"], row["guidance_scale"], row["nfe"]) for row in rows] == [(1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 2, 4)]
+    assert len({row["fd"] for row in rows}) == 4
+    assert Image.open(picture).size[0] > 100
+
+
+def test_a_sweep_of_a_pipeline_without_guidance_has_one_line(world: World, unconditional: Path, tmp_path: Path) -> None:
+    named = {"protocol": "mine.toml", "reference": "real", "images": "images", "output": "sweep.png"}
+    words = [f"--{key}={tmp_path / name}" for key, name in named.items()]
+    assert main(["eval", "sweep", str(unconditional), *words, "--workers", "0", "--steps", "1", "2", "--guidance"]) == 0
+    assert [(row["steps"], row["nfe"]) for row in read_rows(tmp_path / "sweep.json")] == [(1, 1), (2, 2)]
+    world.protocol(steps=4)
+    assert main(["eval", "sweep", str(unconditional), *words, "--guidance"]) == 2

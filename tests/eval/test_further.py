@@ -130,6 +130,9 @@ def test_each_flag_of_the_command_line_is_a_column(
     assert (row["copies"], row["copied"]) == (N, 1.0)
     assert row["cmmd"] > 0
     assert read_facts(out)["evaluation"]["CMMD"].startswith(f"open_clip:{clip_folder.name}")
+    cmmd, training = read_facts(out)["protocol"]["further"]
+    assert cmmd == f"CMMD: {read_facts(out)['evaluation']['CMMD']}"
+    assert training == f"training images: {read_facts(out)['evaluation']['training images']}"
     assert "exact copies" not in capsys.readouterr().out  # the terminal has the brief table
     for flag, says in (("--inception-score", "The Inception score is of the network inception-2015"), ("--sfid", "sFID is of")):
         assert main([*words, flag]) == 2

@@ -33,7 +33,8 @@ def test_all_presets_load_and_no_two_are_the_same_protocol():
 
 def test_the_hash_is_that_of_the_canonical_json_written_by_hand():
     protocol = own(guidance_scale=3)
-    values = {f.name: getattr(protocol, f.name) for f in dataclasses.fields(Protocol) if f.name not in COMMENTARY}
+    kept = [f.name for f in dataclasses.fields(Protocol) if f.name not in {*COMMENTARY, "further"}]
+    values = {name: getattr(protocol, name) for name in kept}
     text = "{" + ",".join(f"{json.dumps(k)}:{json.dumps(values[k])}" for k in sorted(values)) + "}"
     assert '"guidance_scale":3.0' in text
     assert protocol.hash == hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -41,11 +42,11 @@ def test_the_hash_is_that_of_the_canonical_json_written_by_hand():
 
 def test_every_choice_changes_the_hash_and_no_comment_does():
     base = own(noise="stream")
-    other = {"str": "torch-bicubic", "int": 77, "float": 0.5}
+    other = {"tuple": ("CMMD: clip",), "str": "torch-bicubic", "int": 77, "float": 0.5}
     for item in dataclasses.fields(Protocol):
         if item.name in COMMENTARY:
             continue
-        value = other[next(k for k in ("str", "int", "float") if k in str(item.type))]
+        value = other[next(k for k in other if k in str(item.type))]
         value = {"noise": "batch", "clip_clamp": "mean"}.get(item.name, value)
         assert dataclasses.replace(base, **{item.name: value}).hash != base.hash, item.name
     assert own(name="x", about="y", sources=("z",), recalled=("n",), noise="stream").hash == base.hash
@@ -82,6 +83,13 @@ def test_different_protocols_are_refused_with_the_fields_that_differ():
     for pair in ((own(), own(seed=3)), (own(seed=3), own())):  # an open choice is not any choice
         with pytest.raises(UserError, match="differ in seed"):
             comparable(*pair)
+
+
+def test_scores_with_another_clip_model_or_training_set_do_not_compare():
+    one, other = own(), own(further=("CMMD: open_clip:a, 9 images",))
+    with pytest.raises(UserError, match=r"further: \(\) and \('CMMD: open_clip:a, 9 images',\)"):
+        comparable(one, other)
+    assert Protocol.of_record(json.loads(json.dumps(other.record))) == other
 
 
 def test_the_bundled_reference_is_the_one_that_the_preset_names():

@@ -265,6 +265,11 @@ def test_curricula_run_over_their_iterations_and_stay_at_the_end() -> None:
     assert [Consistency(target_decay=decay).decay_at(7) for decay in (0.0, 0.7)] == [0.0, 0.7]
 
 
+def test_curricula_without_a_length_run_over_the_whole_run(tmp_path: Path) -> None:
+    with started(Consistency(kind="ect", stages=4, **PAIRS), tmp_path, max_steps=8) as run:
+        assert [run.method.stage_at(step) for step in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_the_target_follows_by_the_decay_of_its_step(tmp_path: Path) -> None:
     method = Consistency(kind="ct", curriculum_steps=4, **PAIRS)
     with started(method, tmp_path, warmup_steps=0) as run:

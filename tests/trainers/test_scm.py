@@ -240,6 +240,12 @@ def test_before_the_warm_up_it_is_the_regression_of_f_to_the_velocity_under_cos_
     assert distance(got, flat(torch.autograd.grad(regression, parameters(found)))) < 1e-10
 
 
+@pytest.mark.parametrize(("max_steps", "warmup"), [(40, 10), (100_000, 10_000)])
+def test_an_unset_warm_up_is_a_quarter_of_the_run_and_at_most_the_papers(max_steps: int, warmup: int, tmp_path: Path) -> None:
+    with started(SCM(**{**PLAIN, "tangent_warmup": None}), tmp_path, mlp_teacher(), max_steps=max_steps) as run:
+        assert run.method._warmup == warmup
+
+
 def test_the_tangent_grows_in_linearly_over_the_warm_up(seen: Callable[..., Seen]) -> None:
     """Step 4 of 10 against the whole tangent and none, on the batch of step 4."""
     none, part, whole = (

@@ -4,10 +4,16 @@ from typing import Any
 
 from fastdiff.errors import UserError
 from fastdiff.models.families.base import Family
+from fastdiff.models.families.flux import Flux
+from fastdiff.models.families.ltx import LTX
+from fastdiff.models.families.pixart import PixArt
 from fastdiff.models.families.sana import Sana
 from fastdiff.models.families.stable_diffusion import StableDiffusion
+from fastdiff.models.families.stable_diffusion_3 import StableDiffusion3
+from fastdiff.models.families.stable_diffusion_xl import StableDiffusionXL
+from fastdiff.models.families.wan import Wan
 
-FAMILIES: tuple[type[StableDiffusion] | type[Sana], ...] = (StableDiffusion, Sana)
+FAMILIES: tuple[Any, ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt, Sana, Wan, LTX)
 
 
 def family_of(pipeline: Any) -> Family:

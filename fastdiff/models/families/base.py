@@ -1,13 +1,16 @@
 """``Family``: what the rest of fastdiff needs to know about a kind of teacher. A new one is one file with one subclass."""
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion.process import NoiseProcess
+from fastdiff.diffusion.schedulers import process_from_scheduler
 from fastdiff.models.denoiser import Network
 
 
@@ -18,13 +21,24 @@ class Family(ABC):
     """Names of the diffusers pipeline classes it serves."""
     lora_targets: tuple[str, ...] = ()
     """Names (or ends of names) of the layers a LoRA role adapts by default."""
+    part: ClassVar[str] = "unet"
+    """The pipeline's name of the denoising network."""
+    gives_noise: ClassVar[bool] = True
+    """Whether the pipeline hands its call's generators to the scheduler, so that noise between the steps can be repeated."""
+    gives_sigmas: ClassVar[bool] = False
+    """Whether the pipeline tells a flow scheduler its sigmas, evenly spaced, and does not leave them to it."""
+    sizes: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the pipeline's call that a sample's size depends on, where the network itself has none."""
+    size: Mapping[str, int] = MappingProxyType({})
+    """Values of some of ``sizes``, in the place of the call's defaults."""
     pipeline: Any = None
     """The diffusers pipeline, or None for a teacher that has none."""
 
     @property
-    @abstractmethod
     def backbone(self) -> nn.Module:
         """The denoising network."""
+        network: nn.Module = getattr(self.pipeline, self.part)
+        return network
 
     @property
     @abstractmethod
@@ -80,6 +94,14 @@ class Family(ABC):
         """What the pipeline's call must be told besides prompts to draw samples of ``latent_shape``; mostly nothing."""
         return {}
 
+    def asked(self, name: str) -> int:
+        """One of ``sizes``: as it was asked for, or what the pipeline's call takes by default."""
+        return int(self.size.get(name, default(self.pipeline.__call__, name)))
+
+    def drawn_from(self, noise: Tensor) -> Tensor:
+        """The ``latents`` that the pipeline's call takes for unit noise [B, *latent_shape]; mostly itself."""
+        return noise
+
     def networks(self) -> list[nn.Module]:
         """Every network that has a part in what the teacher makes of a prompt."""
         if self.pipeline is None:
@@ -90,3 +112,35 @@ class Family(ABC):
         """Move all networks."""
         for network in self.networks():
             network.to(device)
+
+
+def process_of(scheduler: Any, kind: type[NoiseProcess], needs: str) -> tuple[NoiseProcess, str]:
+    """The process and prediction type that a pipeline's scheduler describes.
+
+    Args:
+        needs: what a network of this family needs, and what went wrong without.
+
+    Raises:
+        ValueError: it is another kind of process.
+    """
+    process, prediction_type = process_from_scheduler(scheduler)
+    if not isinstance(process, kind):
+        raise ValueError(f"its scheduler describes a {type(process).__name__}, {needs} and would be run at times it never saw.")
+    return process, prediction_type
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Scaled latents [B, C, h, w] as images [B, 3, H, W] in [0, 1], float32; a value that was clamped has no gradient."""
+    own = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    images: Tensor = vae.decode(own.to(vae.dtype), return_dict=False)[0]
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def default(call: Callable[..., Any], name: str) -> Any:
+    """What a pipeline's method takes for ``name`` where it is not told."""
+    return inspect.signature(call).parameters[name].default
+
+
+def window(pipeline: Any, tokenizer: Any) -> int:
+    """Text tokens that the pipeline's call asks of a tokenizer: its ``max_sequence_length``, or the tokenizer's own where less."""
+    return min(int(default(pipeline.__call__, "max_sequence_length")), int(tokenizer.model_max_length))

@@ -5,17 +5,15 @@ Network call ``transformer(x_t, states, 1000 t, encoder_attention_mask=mask)``, 
 the instruction that the pipeline's call puts before them by default; the empty one without it, as its negative prompt is.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion.process import NoiseProcess, RectifiedFlow
-from fastdiff.diffusion.schedulers import process_from_scheduler
 from fastdiff.models.denoiser import Network
 from fastdiff.models.discriminator import TokenHead
-from fastdiff.models.families.base import Family
+from fastdiff.models.families.base import Family, decoded, default, process_of, window
 
 
 class Sana(Family):
@@ -23,23 +21,14 @@ class Sana(Family):
 
     pipelines = ("SanaPipeline",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    part = "transformer"
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
 
-    @property
-    def backbone(self) -> nn.Module:
-        network: nn.Module = self.pipeline.transformer
-        return network
-
     def process(self) -> tuple[NoiseProcess, str]:
-        process, prediction_type = process_from_scheduler(self.pipeline.scheduler)
-        if not isinstance(process, RectifiedFlow):
-            raise ValueError(
-                f"its scheduler describes a {type(process).__name__}, no rectified flow; SANA's network predicts the "
-                "velocity of one and would be run at times it never saw."
-            )
-        return process, prediction_type
+        needs = "no rectified flow; SANA's network predicts the velocity of one"
+        return process_of(self.pipeline.scheduler, RectifiedFlow, needs)
 
     def network(self, backbone: nn.Module) -> Network:
         scale = self.pipeline.transformer.config.timestep_scale
@@ -80,19 +69,17 @@ class Sana(Family):
         """
         side = self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
         found = {"height": side, "width": side, "use_resolution_binning": False}
-        window = self.pipeline.tokenizer.model_max_length
-        return found if window >= self._default("max_sequence_length") else {**found, "max_sequence_length": window}
-
-    def _default(self, name: str) -> Any:
-        return inspect.signature(self.pipeline.__call__).parameters[name].default
+        length = window(self.pipeline, self.pipeline.tokenizer)
+        return (
+            found if length == default(self.pipeline.__call__, "max_sequence_length") else {**found, "max_sequence_length": length}
+        )
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Prompts to text states and mask, as the pipeline's call makes them; ``""`` is its negative prompt."""
         device = next(self.pipeline.text_encoder.parameters()).device
-        length = self.call.get("max_sequence_length", self._default("max_sequence_length"))
-        options = {"device": device, "max_sequence_length": length}
-        instruction = self._default("complex_human_instruction")
+        options = {"device": device, "max_sequence_length": window(self.pipeline, self.pipeline.tokenizer)}
+        instruction = default(self.pipeline.__call__, "complex_human_instruction")
         states, mask, *_ = self.pipeline.encode_prompt(prompts, False, complex_human_instruction=instruction, **options)
         if not all(prompts):
             null = self.pipeline.encode_prompt([""], False, **options)
@@ -102,7 +89,4 @@ class Sana(Family):
         return {"states": states, "mask": mask}
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to images [B, 3, H, W] in [0, 1], float32; a value that was clamped has no gradient."""
-        vae = self.pipeline.vae
-        images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return decoded(self.pipeline.vae, latents)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion.process import DiscreteVP, NoiseProcess
-from fastdiff.diffusion.schedulers import process_from_scheduler
 from fastdiff.models.condition import split_guidance
 from fastdiff.models.denoiser import Network
 from fastdiff.models.discriminator import FeatureHead
-from fastdiff.models.families.base import Family
+from fastdiff.models.families.base import Family, decoded, process_of
 from fastdiff.models.guidance_embedding import embed_guidance, guidance_width, with_guidance_embedding
 
 
@@ -28,29 +27,23 @@ class StableDiffusion(Family):
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
 
-    @property
-    def backbone(self) -> nn.Module:
-        network: nn.Module = self.pipeline.unet
-        return network
-
     def process(self) -> tuple[NoiseProcess, str]:
-        process, prediction_type = process_from_scheduler(self.pipeline.scheduler)
-        if not isinstance(process, DiscreteVP):
-            raise ValueError(
-                f"its scheduler describes a {type(process).__name__}, no variance-preserving process; Stable Diffusion's network "
-                "takes the integer times of one and would be run at times it never saw."
-            )
-        return process, prediction_type
+        needs = "no variance-preserving process; Stable Diffusion's network takes the integer times of one"
+        return process_of(self.pipeline.scheduler, DiscreteVP, needs)
 
     def network(self, backbone: nn.Module) -> Network:
         def call(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
             dtype = next(backbone.parameters()).dtype
             text, scale = split_guidance(cond)
             told = {} if scale is None else {"timestep_cond": _embedded(backbone, scale).to(dtype)}
-            output: Tensor = backbone(x_t.to(dtype), t, encoder_hidden_states=text.to(dtype), return_dict=False, **told)[0]
+            output: Tensor = backbone(x_t.to(dtype), t, return_dict=False, **self.inputs(text, dtype), **told)[0]
             return output
 
         return call
+
+    def inputs(self, cond: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """What the network's call is told of a condition."""
+        return {"encoder_hidden_states": cond.to(dtype)}
 
     def guidance_embedding(self) -> Callable[[nn.Module], nn.Module]:
         return with_guidance_embedding
@@ -74,17 +67,14 @@ class StableDiffusion(Family):
         return (config.in_channels, config.sample_size, config.sample_size)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Tensor:
+    def encode(self, prompts: list[str]) -> Any:
         """Prompts to text states [B, L, D]; one longer than the tokenizer's window is cut, as the pipeline does."""
         device = next(self.pipeline.text_encoder.parameters()).device
         states: Tensor = self.pipeline.encode_prompt(prompts, device, 1, False)[0]
         return states
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] to images [B, 3, H, W] in [0, 1], float32; a value that was clamped has no gradient."""
-        vae = self.pipeline.vae
-        images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return decoded(self.pipeline.vae, latents)
 
 
 def _embedded(backbone: Any, scale: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""The folder of a student that is told how far each of its calls jumps: a stock ``StableDiffusionPipeline``, right by a bare call.
+"""The folder of a student that is told how far each of its calls jumps: a stock pipeline.
 
-The network is told through the guidance embedding that the stock pipeline feeds with its ``guidance_scale``, and that pipeline's
-default is some number, 7.5. On the way out the embedding is turned (``guidance_embedding.rebased``) so that this very number says
-the jump of the student's own steps; beside it lie the other jumps, which the card names.
+The network is told through the guidance embedding that the stock pipeline feeds with its ``guidance_scale``. SDXL's call has to say
+that scale anyway and says the jump. A bare call of ``StableDiffusionPipeline`` says 7.5: on the way out the embedding is turned
+(``guidance_embedding.rebased``) so that this very number says the jump of the student's own steps, and a bare call is right; beside
+it lie the other jumps, which the card names.
 """
 
 import inspect
@@ -10,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastdiff.models.families.stable_diffusion import StableDiffusion
 from fastdiff.models.guidance_embedding import guidance_width, rebased
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import Schedule
+from fastdiff.pipelines.flow import schedule_of
 
 _CARD = """
 
@@ -38,8 +41,8 @@ class JumpSchedule(Schedule):
 
 
 def jump_schedule(teacher: Teacher, times: list[int] | list[float], sampler: str, unit: float) -> Schedule:
-    """That of a student of ``teacher``; without a pipeline nothing has a default, and its caller says the jump."""
-    if teacher.pipeline is None:
-        return Schedule(times, sampler)
+    """That of a student of ``teacher``; without a pipeline its caller says the jump."""
+    if type(teacher.family) is not StableDiffusion:
+        return schedule_of(teacher, times, sampler, guidance_scale=1 + unit / len(times))
     parameters: Mapping[str, inspect.Parameter] = inspect.signature(type(teacher.pipeline).__call__).parameters
     return JumpSchedule(times, sampler, unit=unit, default=float(parameters["guidance_scale"].default))

@@ -4,7 +4,7 @@ A YAML file names the candidates; each value holds `method` and any fields of th
 
     pairs-3000: {method: ode-pairs, pairs: 3000, max_steps: 900}
 
-``on: fashion-flow`` trains it from another teacher than ``fashion``.
+``from: fashion-flow`` trains it from another teacher than ``fashion``.
 ``also: [1, 2, 8]`` measures the same student at other numbers of steps too, each exported as the method would have.
 ``teacher: fashion`` in the place of a method measures a teacher itself, at ``steps`` and ``guidance_scale``, whatever the seed.
 ``begin: NAME`` begins the student from that of an earlier candidate of the same seed; its seconds are not counted again.
@@ -35,7 +35,7 @@ from fastdiff.pipelines.export import export_pipeline
 from fastdiff.trainers.config import Config
 
 METHODS: dict[str, Any] = {method.name(): method for method in (getattr(fastdiff.trainers, n) for n in fastdiff.trainers.__all__)}
-NOT_ENGINE = {"method", "begin", "on", "also"}
+NOT_ENGINE = {"method", "begin", "from", "also"}
 COLUMNS = [
     "candidate",
     "seed",
@@ -75,7 +75,7 @@ def train(settings: dict, seed: int, folder: Path) -> tuple[dict[str, Any], dict
     config = Config.of(**rest, output_dir=folder, seed=seed, save_every=10**6, validate_every=0)
     share_pairs(folder, seed)
     start = begin_from(folder.parent / f"{settings['begin']}-{seed}") if "begin" in settings else None
-    trainer = Trainer(method(**own), Teacher.from_pretrained(settings.get("on", "fashion")), config=config, start=start)
+    trainer = Trainer(method(**own), Teacher.from_pretrained(settings.get("from", "fashion")), config=config, start=start)
     students = {"": trainer.train()}
     for steps in settings.get("also", ()):
         restepped = dataclasses.replace(cast(Any, trainer.method), steps=steps)

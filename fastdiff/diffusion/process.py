@@ -69,6 +69,10 @@ class NoiseProcess(ABC):
         """The time of a training level 0..999: ``(level + 1) / 1000`` of ``t_max``, so never 0, where no noise is left."""
         return self.t_max * (_double(level) + 1) / LEVELS
 
+    def level(self, t: Tensor) -> Tensor:
+        """The level of a time, a real number: the inverse of ``at_level``, float64."""
+        return LEVELS * _double(t) / self.t_max - 1
+
     def nsr(self, t: Tensor) -> Tensor:
         """Noise-to-signal ratio ``r = sigma / alpha``; infinite where there is no signal."""
         return self.sigma(t) / self.alpha(t)
@@ -122,6 +126,9 @@ class DiscreteVP(NoiseProcess):
     def at_level(self, level: Tensor) -> Tensor:
         """The row, int64: the level itself where there are 1000 rows, else the nearest share of them."""
         return (_double(level) * self.t_max / (LEVELS - 1)).round().long()
+
+    def level(self, t: Tensor) -> Tensor:
+        return _double(t) * (LEVELS - 1) / self.t_max
 
     def dalpha(self, t: Tensor) -> Tensor:
         """Of the continuous view, at the rows; refused at a last row without signal, which that view does not reach."""
@@ -184,6 +191,9 @@ class ContinuousVP(NoiseProcess):
         """The row as a real time."""
         return _double(level) * self.t_max / (LEVELS - 1)
 
+    def level(self, t: Tensor) -> Tensor:
+        return _double(t) * (LEVELS - 1) / self.t_max
+
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sigmoid(-2 * self._at(t)[0]).sqrt()
 
@@ -215,6 +225,11 @@ class EDM(NoiseProcess):
         low, high = (end ** (1 / 7) for end in (self.t_min, self.t_max))
         share = _double(level) / (LEVELS - 1)
         return torch.pow(low + share * (high - low), 7)
+
+    def level(self, t: Tensor) -> Tensor:
+        low, high = (end ** (1 / 7) for end in (self.t_min, self.t_max))
+        share: Tensor = (torch.pow(_double(t), 1 / 7) - low) / (high - low)
+        return (LEVELS - 1) * share
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(_double(t))

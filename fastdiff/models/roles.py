@@ -2,7 +2,8 @@
 
 A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone, or what ``build`` makes in its place; ``lora``:
 an adapter on the teacher's own backbone; ``module``: a network of the method's making; ``average``: a copy that no loss trains
-and that follows another role, ``Roles.follow``). ``Roles`` builds them, runs them as denoisers and keeps the ledger.
+and that follows another role, ``Roles.follow``; ``state``: a module of buffers alone, which a method remembers from step to step).
+``Roles`` builds them, runs them as denoisers and keeps the ledger.
 
 A switch of adapter changes who computes, never who trains: peft's own ``set_adapter`` moves ``requires_grad`` with the switch
 and so drops, without a word, the gradient of a graph built before it. ``train_only`` alone changes ``requires_grad``, once per
@@ -31,7 +32,7 @@ from fastdiff.models.teacher import Teacher
 class Role:
     """How one network of a method trains."""
 
-    train: Literal["full", "lora", "module", "average"]
+    train: Literal["full", "lora", "module", "average", "state"]
     lr: float = 0.0
     optimizer: Literal["adamw", "radam"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -49,7 +50,7 @@ class Role:
     @property
     def learns(self) -> bool:
         """Whether an optimiser steps its weights."""
-        return self.train != "average"
+        return self.train not in {"average", "state"}
 
 
 @dataclass(frozen=True, kw_only=True)

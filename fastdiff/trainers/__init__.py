@@ -4,17 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdiff.trainers.consistency import Consistency
+    from fastdiff.trainers.ctm import CTM
     from fastdiff.trainers.diff_instruct import DiffInstruct
     from fastdiff.trainers.dmd import DMD
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.f_distill import FDistill
     from fastdiff.trainers.lcm import LCM
     from fastdiff.trainers.lcm_lora import LCMLoRA
+    from fastdiff.trainers.meanflow import MeanFlow
     from fastdiff.trainers.ode_pairs import ODEPairs
     from fastdiff.trainers.pcm import PCM
     from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
     from fastdiff.trainers.scm import SCM
+    from fastdiff.trainers.shortcut import Shortcut
     from fastdiff.trainers.sid import SiD
     from fastdiff.trainers.snoopi import SNOOPI
     from fastdiff.trainers.swiftbrush import SwiftBrush
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.teacher_score_matching import TeacherScoreMatching
 
 __all__ = [
+    "CTM",
     "DMD",
     "DMD2",
     "LCM",
@@ -34,15 +38,18 @@ __all__ = [
     "DiffInstruct",
     "FDistill",
     "LCMLoRA",
+    "MeanFlow",
     "ODEPairs",
     "ProgressiveDistillation",
     "ProlificDreamer",
+    "Shortcut",
     "SiD",
     "SwiftBrush",
     "SwiftBrushV2",
     "TeacherScoreMatching",
 ]
 _HOMES = {
+    "CTM": "ctm",
     "Consistency": "consistency",
     "DMD": "dmd",
     "DMD2": "dmd2",
@@ -50,12 +57,14 @@ _HOMES = {
     "FDistill": "f_distill",
     "LCM": "lcm",
     "LCMLoRA": "lcm_lora",
+    "MeanFlow": "meanflow",
     "ODEPairs": "ode_pairs",
     "PCM": "pcm",
     "ProgressiveDistillation": "progressive",
     "ProlificDreamer": "prolific_dreamer",
     "SCM": "scm",
     "SNOOPI": "snoopi",
+    "Shortcut": "shortcut",
     "SiD": "sid",
     "SwiftBrush": "swiftbrush",
     "SwiftBrushV2": "swiftbrush_v2",

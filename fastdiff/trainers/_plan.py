@@ -39,7 +39,7 @@ class RolePlan:
     """One network. Bytes are those of one process that shards nothing; a LoRA role's are the adapter's alone."""
 
     train: str
-    """full, lora, module, average, or frozen for the teacher."""
+    """full, lora, module, average, state, or frozen for the teacher."""
     parameters: int
     """Of the network that computes, for a LoRA role the shared backbone included."""
     trainable: int
@@ -144,7 +144,7 @@ class Plan:
 
 def shards(train: str, sharding: Sharding) -> bool:
     """Whether FSDP2 would divide a role: full copies, and the backbone with its adapters; small modules stay whole."""
-    return sharding == "fsdp2" and train != "module"
+    return sharding == "fsdp2" and train not in {"module", "state"}
 
 
 def plan(

@@ -1,6 +1,7 @@
-"""A denoiser as TrigFlow's network F, and F with its derivative along a trajectory: what sCM differentiates.
+"""A denoiser as a network of another process, and that with its derivative along a trajectory: what sCM and MeanFlow differentiate.
 
     F(y, t) = trigflow of the denoiser at the matched state of x_t = sd y,      (y, t) moves along tangents (dy, dt)
+    u(x, t) = its velocity under rectified flow, in MeanFlow's case
 
     forward     torch.func.jvp beside an ordinary forward, or, single call, the forward that the jvp makes anyway
     one-sided   the forward, and one at the state a step behind it
@@ -11,6 +12,7 @@ masks. Derivatives are taken outside autocast; so is the forward, where the esti
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -107,20 +109,44 @@ class Estimator:
         return output, output.detach(), tangent
 
 
-class _Measured(nn.Module):
-    """F of the teacher's own network as a module, which ``choose_jvp`` copies in float64: of its parts, the backbone alone."""
+@dataclass(frozen=True)
+class Seen:
+    """What of a denoiser is differentiated, and where.
 
-    def __init__(self, teacher: Teacher, backbone: nn.Module, sigma_data: float, cond: Any) -> None:
+    Args:
+        network: ``network(denoiser, cond)``, a function of a state and its time.
+        ends: the first and the last of those times.
+        tangents: of (state, time), for a direction like a state and for the times.
+    """
+
+    network: Callable[[Denoiser, Any], Function]
+    ends: tuple[float, float]
+    tangents: Callable[[Tensor, Tensor], Tensors]
+
+
+def under_trigflow(process: NoiseProcess, sigma_data: float) -> Seen:
+    """F of the module docstring, with sCM's tangents."""
+    return Seen(
+        lambda denoiser, cond: trigflow_network(denoiser, sigma_data, cond),
+        angles(process, sigma_data),
+        lambda direction, t: premultiplied_tangents(sigma_data * direction, t, sigma_data=sigma_data),
+    )
+
+
+class _Measured(nn.Module):
+    """That of the teacher's own network as a module, which ``choose_jvp`` copies in float64: of its parts, the backbone alone."""
+
+    def __init__(self, teacher: Teacher, backbone: nn.Module, seen: Seen, cond: Any) -> None:
         super().__init__()
-        self.teacher, self.backbone, self.sigma_data, self.cond = teacher, backbone, sigma_data, cond
+        self.teacher, self.backbone, self.seen, self.cond = teacher, backbone, seen, cond
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Measured":
-        return _Measured(self.teacher, copy.deepcopy(self.backbone, memo), self.sigma_data, self.cond)
+        return _Measured(self.teacher, copy.deepcopy(self.backbone, memo), self.seen, self.cond)
 
     def forward(self, y: Tensor, t: Tensor) -> Tensor:
         network = self.teacher.family.network(self.backbone)
         denoiser = Denoiser(network, self.teacher.process, self.teacher.prediction_type)
-        return trigflow_network(denoiser, self.sigma_data, _like(self.cond, y))(y, t)
+        return self.seen.network(denoiser, _like(self.cond, y))(y, t)
 
 
 def _like(cond: Any, y: Tensor) -> Any:
@@ -129,7 +155,7 @@ def _like(cond: Any, y: Tensor) -> Any:
     return cond.to(y) if cond.is_floating_point() else cond
 
 
-def choose_estimator(preparation: Preparation, asked: str, *, single_call: bool, sigma_data: float) -> Estimator:
+def choose_estimator(preparation: Preparation, asked: str, seen: Seen, *, single_call: bool = False) -> Estimator:
     """The estimator ``asked`` for, or, of ``auto``, the one that ``choose_jvp`` measures to be right; its choice is said aloud.
 
     Measured once on four samples with the teacher's network, which is where the student begins.
@@ -142,13 +168,12 @@ def choose_estimator(preparation: Preparation, asked: str, *, single_call: bool,
     y, direction = (torch.randn(4, *teacher.latent_shape, generator=generator).to(teacher.device) for _ in range(2))
     cond = prompts.conditions(prompts.rows(torch.arange(4) % prompts.drawable))
     _refuse_rounded_times(teacher, y, cond)
-    low, high = Estimator("central", step=max(STEPS)).within(*angles(teacher.process, sigma_data))
+    low, high = Estimator("central", step=max(STEPS)).within(*seen.ends)
     t = low + (high - low) * torch.linspace(0.2, 0.95, 4, dtype=torch.float64, device=teacher.device)
-    tangents = premultiplied_tangents(sigma_data * direction, t, sigma_data=sigma_data)
     try:
-        choice = choose_jvp(_Measured(teacher, teacher.family.backbone, sigma_data, cond), (y, t), tangents)
+        choice = choose_jvp(_Measured(teacher, teacher.family.backbone, seen, cond), (y, t), seen.tangents(direction, t))
     except ValueError as error:
-        raise UserError(f"{teacher.name} has no derivative that a consistency model could learn from: {error}") from error
+        raise UserError(f"{teacher.name} has no derivative that a student could learn from: {error}") from error
     name = _named(choice, asked, teacher.name)
     preparation.say(f"derivative of the student's network: {name}{'' if asked == 'auto' else ', as asked'}; measured: {choice}")
     step = {"forward": 0.0, "central": choice.central_step, "one-sided": choice.step}[name]

@@ -25,6 +25,7 @@ from fastdiff.errors import UserError
 from fastdiff.losses import F_DIVERGENCES, f_divergence_weight
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
+from fastdiff.trainers._ranks import over_ranks
 from fastdiff.trainers.dmd2 import DMD2
 from fastdiff.trainers.method import Batch, Calls, Paper, Trial, one_step
 
@@ -151,7 +152,7 @@ class FDistill(DMD2):
         if not self.weighs():
             return gradient
         if "mean_weight" not in batch.shared:
-            total = _over_ranks(batch.shared["ratios"])
+            total = over_ranks(batch.shared["ratios"])
             sums, counts = total[1:].view(2, BINS)
             batch.shared["mean_weight"] = total[0] / counts.sum()
             roles.modules["discriminator"].remember(sums, counts, self.ratio_decay)  # type: ignore[operator]
@@ -160,10 +161,3 @@ class FDistill(DMD2):
 
 def _ratio_head(teacher: Teacher) -> nn.Module:
     return RatioHead(teacher.family.head())
-
-
-def _over_ranks(total: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = total.clone()
-        torch.distributed.all_reduce(total)
-    return total

@@ -32,7 +32,7 @@ from fastdiff.losses import inverse_sigma_weight, normalise_tangent, premultipli
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._regression import StoredPairs
-from fastdiff.trainers._tangents import FORWARDS, Estimator, angles, choose_estimator, trigflow_network
+from fastdiff.trainers._tangents import FORWARDS, Estimator, angles, choose_estimator, trigflow_network, under_trigflow
 from fastdiff.trainers.method import Batch, Calls, Paper, Preparation, Prepared, Trial
 from fastdiff.trainers.trajectory import Sampler
 
@@ -202,7 +202,8 @@ class SCM(StoredPairs):
 
     def prepare(self, preparation: Preparation) -> None:
         super().prepare(preparation)
-        estimator = choose_estimator(preparation, self.jvp, single_call=self.single_call, sigma_data=self.sigma_data)
+        seen = under_trigflow(preparation.teacher.process, self.sigma_data)
+        estimator = choose_estimator(preparation, self.jvp, seen, single_call=self.single_call)
         self._begin(estimator, preparation.teacher)
         if self.tangent_warmup is None:
             self._warmup = min(WARMUP, preparation.max_steps // 4)

@@ -44,7 +44,7 @@ def trajectory(
         if i > 0 and sampler == "ddim":
             x = ddim_step(found[-1], _time(process, level, len(noise), noise.device))
         elif i > 0:
-            fresh = generators(i) if callable(generators) else _draw(noise, generators)
+            fresh = generators(i) if callable(generators) else fresh_noise(noise, generators)
             x = consistency_step(found[-1], _time(process, level, len(noise), noise.device), fresh)
         found.append(student(x, _time(process, level, len(noise), noise.device), cond))
     return found
@@ -65,7 +65,7 @@ def _time(process: Any, level: int, n: int, device: torch.device) -> Tensor:
     return time.expand(n)
 
 
-def _draw(like: Tensor, generators: Generators) -> Tensor:
+def fresh_noise(like: Tensor, generators: Generators) -> Tensor:
     """Unit noise as diffusers draws it: on the CPU, one sample after another where each has its generator."""
     if generators is None:
         raise ValueError("this sampler draws noise between its steps: pass a generator, or one a sample.")

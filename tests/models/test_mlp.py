@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastdiff.models.condition import with_guidance
 from fastdiff.models.mlp import TimeMLP
 
 
@@ -44,3 +45,31 @@ def test_the_last_of_the_sines_has_the_frequency_of_its_octave(octaves: int) -> 
 def test_a_network_with_classes_needs_labels() -> None:
     with pytest.raises(ValueError, match="labels"):
         TimeMLP(2, classes=2)(torch.zeros(1, 2), torch.zeros(1))
+
+
+def test_a_told_network_changes_no_bit_at_any_scale_and_learns_from_the_first_step() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = TimeMLP(2, classes=3)
+    network = plain.with_guidance_embedding()
+    generator = torch.Generator().manual_seed(0)
+    x, t, labels = torch.randn(4, 2, generator=generator), torch.arange(4) * 300, torch.tensor([0, -1, 2, 1])
+    scale = torch.tensor([1.0, 1.001, 1.004, 7.5], dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(network(x, t, with_guidance(labels, scale)), plain(x, t, labels))
+    network(x, t, with_guidance(labels, scale)).square().mean().backward()
+    assert network.told.weight.grad.norm() > 0
+    network.told.weight.data -= network.told.weight.grad / network.told.weight.grad.norm()
+    with torch.no_grad():
+        answers = network(x[:1].expand(4, -1), t[:1].expand(4), with_guidance(labels[:1].expand(4), scale))
+    assert torch.cdist(answers, answers)[~torch.eye(4, dtype=bool)].min() > 1e-4
+    assert list(dict(network.named_parameters()))[-2] == "out.weight"
+
+
+def test_a_scale_and_a_network_that_takes_it_belong_together() -> None:
+    plain, x, t = TimeMLP(2), torch.zeros(1, 2), torch.zeros(1)
+    for network, cond in ((plain, with_guidance(None, torch.ones(1))), (plain.with_guidance_embedding(), None)):
+        with pytest.raises(ValueError, match="with_guidance_embedding"):
+            network(x, t, cond)
+    with pytest.raises(ValueError, match="already"):
+        plain.with_guidance_embedding().with_guidance_embedding()

@@ -433,3 +433,22 @@ def test_an_adapter_s_weights_are_copies_by_the_names_of_its_layers(adapters: Ro
     shake(adapters, "student", 3)
     assert not torch.equal(weights[f"{layer}.lora_A.weight"], network[layer].lora_A["student"].weight)
     assert Roles(tiny_teacher(), {"student": Role(train="full")}).adapter("student") == {}
+
+
+def test_a_state_has_nothing_to_train_and_is_in_checkpoints() -> None:
+    """No optimiser, no average, no gradient; its buffers come back."""
+
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("value", torch.ones(()))
+
+    specs = {"student": Role(train="full", lr=1e-3), "memory": Role(train="state", build=lambda teacher: Memory())}
+    roles, again = Roles(tiny_teacher(), specs), Roles(tiny_teacher(), specs)
+    assert not specs["memory"].learns
+    assert roles.parameters("memory") == []
+    roles.modules["memory"].value.fill_(3.0)
+    again.load("memory", roles.state("memory"))
+    assert again.modules["memory"].value == 3
+    roles.train_only("memory")
+    assert not any(p.requires_grad for p in roles.parameters("student"))

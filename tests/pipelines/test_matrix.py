@@ -13,7 +13,7 @@ import fastdiff.pipelines.export as export
 from fastdiff import Trainer
 from fastdiff.errors import UserError
 from fastdiff.pipelines.export import Exported, verify_exports
-from fastdiff.trainers import DMD2, LCM, PCM, SCM, TDM, Consistency, LCMLoRA, SwiftBrush
+from fastdiff.trainers import DMD2, LCM, PCM, SCM, TDM, Consistency, LCMLoRA, Shortcut, SwiftBrush
 from fastdiff.trainers.method import Method
 
 _PAIRS: dict[str, Any] = {"pairs": 8, "pair_steps": 2}
@@ -27,6 +27,7 @@ METHODS: dict[str, Method] = {
     "lcm-lora": LCMLoRA(steps=1, rank=2, **_PAIRS),
     "pcm": PCM(steps=2, guidance_range=(2.0, 2.0), **_PAIRS),
     "consistency": Consistency(steps=1, **_PAIRS),
+    "shortcut": Shortcut(steps=2, bootstrap_share=0.5, **_PAIRS),
     "scm": SCM(jvp="one-sided", **_PAIRS),
 }
 NO_NOISE = "hands its scheduler no generators"
@@ -36,8 +37,9 @@ REFUSED = {
     **{(family, "dmd2-gan"): NO_BOTTLENECK for family in ("wan", "ltx")},
     **{(family, "lcm"): NO_NOISE for family in ("sd3", "flux", "flux-schnell", "wan", "ltx", "dit", "ddpm")},
     **{
-        (family, "lcm-told"): NOT_TOLD
+        (family, name): NOT_TOLD
         for family in ("sd3", "flux", "flux-schnell", "pixart", "pixart-sigma", "sana", "wan", "ltx", "dit", "ddpm")
+        for name in ("lcm-told", "shortcut")
     },
 }
 

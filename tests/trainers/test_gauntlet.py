@@ -43,6 +43,7 @@ from fastdiff.models.scenes import load_scenes
 from fastdiff.models.teacher import Teacher
 from fastdiff.proof import laws
 from fastdiff.proof.certify import METRICS
+from fastdiff.trainers._jumps import JumpMethod
 from fastdiff.trainers.method import Batch, Calls, Method
 
 VARIANTS = variants()
@@ -440,6 +441,10 @@ def test_a_backbone_is_refused_before_the_training_or_has_finite_losses(method: 
 
 @each_method
 def test_a_backbone_is_refused_by_settings_and_not_by_a_method(kind: type[Method], teacher: Teacher, tmp_path: Path) -> None:
+    """But for a network that no stock pipeline could tell how far to jump."""
+    if issubclass(kind, JumpMethod) and teacher.pipeline is not None and isinstance(teacher.process, RectifiedFlow):
+        assert all("how far to jump" in str(refusal(variant, teacher, tmp_path)) for variant in variants_of(kind).values())
+        return
     assert any(refusal(variant, teacher, tmp_path) is None for variant in variants_of(kind).values())
 
 

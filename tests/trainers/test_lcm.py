@@ -7,7 +7,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline
 from short_runs import shake, started
 from tiny import tiny_teacher
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import Trainer
 from fastdiff.diffusion.gaussian import Gaussian
@@ -170,7 +170,7 @@ def test_the_target_follows_accepted_updates_only(tmp_path: Path) -> None:
 
 
 def test_a_range_of_scales_is_refused_where_the_student_cannot_be_told_which(tmp_path: Path) -> None:
-    teacher = Teacher.from_module(TimeMLP(2), RectifiedFlow(), "flow_prediction", shape=(2,), name="mine")
+    teacher = Teacher.from_module(nn.Linear(2, 2), RectifiedFlow(), "flow_prediction", shape=(2,), name="mine")
     with pytest.raises(UserError, match=r"mine: Module has no network.*equal ends"):
         Trainer(LCM(), teacher, output_dir=tmp_path)
     Trainer(LCM(guidance_range=(3.0, 3.0)), teacher, output_dir=tmp_path)

@@ -72,6 +72,12 @@ class Module(Family):
     def head(self) -> nn.Module:
         return super().head() if self._bottleneck is None else VectorHead(self._bottleneck[1])
 
+    def guidance_embedding(self) -> Callable[[nn.Module], nn.Module]:
+        """The module's own ``with_guidance_embedding()``, as ``TimeMLP`` has it; a module without such a method has none."""
+        if not hasattr(self.module, "with_guidance_embedding"):
+            return super().guidance_embedding()
+        return lambda backbone: backbone.with_guidance_embedding()  # type: ignore[operator]
+
     def encode(self, prompts: list[str]) -> Any:
         if self._encode is not None:
             return self._encode(prompts)

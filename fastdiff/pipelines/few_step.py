@@ -2,11 +2,15 @@
 
     consistency   LatentConsistencyModelPipeline, whose default is 4 steps, with LCMScheduler on exactly the student's times
     ddim          StableDiffusionPipeline with DPMSolverMultistepScheduler of order 1, which is DDIM
+    tcd           StableDiffusionPipeline with TCDScheduler, which has to be called with its steps and its eta
 
 ``StableDiffusionPipeline`` asks for 50 steps, and its folder cannot say otherwise. The DPM scheduler drops every time above a clip
 of its log-SNR: told of 50 / K times more training times than there are, trailing spacing keeps exactly the K that the student was
 trained at. The table of betas is the teacher's own up to the largest of them. Asking such a folder for another number of steps
 gives another number of times.
+
+No bare call makes TCD's steps: ``TCDScheduler`` has no eta in its config and 0.3 in its step, for which StableDiffusionPipeline
+puts its own default of 0, and LatentConsistencyModelPipeline None, at which that scheduler fails.
 """
 
 import json
@@ -58,6 +62,27 @@ def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, o
     scheduler = LCMScheduler.from_config(
         config,
         original_inference_steps=original_steps or len(times),
+        timestep_spacing="leading",
+        num_train_timesteps=num_train_timesteps,
+        clip_sample=False,
+        thresholding=False,
+        rescale_betas_zero_snr=False,
+    )
+    scheduler.set_timesteps(len(times))
+    return _checked(scheduler, times)
+
+
+def tcd_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, original_steps: int) -> Any:
+    """``TCDScheduler`` on a grid of ``original_steps`` times, whose ``len(times)`` steps are ``times``. It ends at row 0, not at x0.
+
+    Raises:
+        ValueError: times are not ``solvers.lcm_times(K, original_steps)``.
+    """
+    from diffusers import TCDScheduler
+
+    scheduler = TCDScheduler.from_config(
+        config,
+        original_inference_steps=original_steps,
         timestep_spacing="leading",
         num_train_timesteps=num_train_timesteps,
         clip_sample=False,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.snoopi import SNOOPI
     from fastdiff.trainers.swiftbrush import SwiftBrush
     from fastdiff.trainers.swiftbrush_v2 import SwiftBrushV2
+    from fastdiff.trainers.tcd import TCD
     from fastdiff.trainers.tdm import TDM
     from fastdiff.trainers.teacher_score_matching import TeacherScoreMatching
 
@@ -29,6 +30,7 @@ __all__ = [
     "PCM",
     "SCM",
     "SNOOPI",
+    "TCD",
     "TDM",
     "Consistency",
     "DiffInstruct",
@@ -59,6 +61,7 @@ _HOMES = {
     "SiD": "sid",
     "SwiftBrush": "swiftbrush",
     "SwiftBrushV2": "swiftbrush_v2",
+    "TCD": "tcd",
     "TDM": "tdm",
     "TeacherScoreMatching": "teacher_score_matching",
 }

@@ -1,7 +1,7 @@
 """Students of the consistency family on the ring at several numbers of steps and shares of fresh noise: one row each.
 
-Each student is trained once a seed, without guidance, from the same pairs and on the same 40 times, and sampled in every way. Rows of
-`teacher` are the exact law under the same sampler. sliced_w2 and stray as in `fastdiff certify`.
+Each student is trained once a seed, without guidance, from the same pairs and on the same 40 times, and sampled in every way.
+Rows of `teacher` are the exact law under the same sampler. sliced_w2 and stray as in `fastdiff certify`.
 
 python eval/trajectory_consistency.py --seeds 0 1 2
 """
@@ -20,7 +20,7 @@ from fastdiff import Trainer
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import laws
 from fastdiff.proof.certify import METRICS, Drawn
-from fastdiff.trainers import LCM, PCM, TCD
+from fastdiff.trainers import LCM, PCM, TCD, HyperSD
 from fastdiff.trainers._segments import sample_tcd
 from fastdiff.trainers.draws import generator_for
 from fastdiff.trainers.method import Method
@@ -31,6 +31,8 @@ STUDENTS: dict[str, Method] = {
     "lcm": LCM(guidance_range=(1.0, 1.0), **_SAME),
     "pcm-4": PCM(guidance_range=(1.0, 1.0), **_SAME),
     "tcd": TCD(guidance_range=(1.0, 1.0), **_SAME),
+    "tscd": HyperSD(guidance_scale=1.0, gan_weight=0.0, stage_steps=800, **_SAME),
+    "tscd-gan": HyperSD(guidance_scale=1.0, discriminator_lr=1e-3, stage_steps=800, **_SAME),
 }
 
 
@@ -50,7 +52,13 @@ def rows(student: Denoiser, seed: int, levels_of: Any) -> list[dict[str, float]]
 
 def train(method: Method, seed: int, max_steps: int) -> Denoiser:
     with tempfile.TemporaryDirectory() as folder:
-        options = {"batch_size": 512, "ema_decay": 0.99, "validate_every": 0, "save_every": max_steps, "log_every": max_steps}
+        options: dict[str, Any] = {
+            "batch_size": 512,
+            "ema_decay": 0.99,
+            "validate_every": 0,
+            "save_every": max_steps,
+            "log_every": max_steps,
+        }
         teacher = laws.teacher("ring", seed=seed)
         run = Trainer(method, teacher, output_dir=Path(folder) / "run", max_steps=max_steps, seed=seed, **options)
         return Denoiser(teacher.family.network(run.train()), teacher.process, teacher.prediction_type)

@@ -73,7 +73,7 @@ def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, o
 
 
 def tcd_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, original_steps: int) -> Any:
-    """``TCDScheduler`` on a grid of ``original_steps`` times, whose ``len(times)`` steps are ``times``. It ends at row 0, not at x0.
+    """``TCDScheduler`` on a grid of ``original_steps`` times, whose ``len(times)`` steps are ``times``; it ends at row 0.
 
     Raises:
         ValueError: times are not ``solvers.lcm_times(K, original_steps)``.

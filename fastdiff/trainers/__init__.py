@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.dmd import DMD
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.f_distill import FDistill
+    from fastdiff.trainers.hyper_sd import HyperSD
     from fastdiff.trainers.lcm import LCM
     from fastdiff.trainers.lcm_lora import LCMLoRA
     from fastdiff.trainers.ode_pairs import ODEPairs
@@ -35,6 +36,7 @@ __all__ = [
     "Consistency",
     "DiffInstruct",
     "FDistill",
+    "HyperSD",
     "LCMLoRA",
     "ODEPairs",
     "ProgressiveDistillation",
@@ -50,6 +52,7 @@ _HOMES = {
     "DMD2": "dmd2",
     "DiffInstruct": "diff_instruct",
     "FDistill": "f_distill",
+    "HyperSD": "hyper_sd",
     "LCM": "lcm",
     "LCMLoRA": "lcm_lora",
     "ODEPairs": "ode_pairs",

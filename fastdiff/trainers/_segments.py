@@ -41,11 +41,12 @@ def segment_edges(n: int, k: int) -> list[int]:
     return [j * n // k for j in range(k + 1)]
 
 
-def edge_below(n: Tensor, original_steps: int, k: int) -> Tensor:
-    """The level [B] of the lower edge of the segment that the times of index n [B] are in."""
-    edges = torch.tensor(segment_edges(original_steps, k)[:-1], device=n.device)
-    edge = edges[torch.searchsorted(edges, n, right=True) - 1]
-    return (LEVELS // original_steps * edge - 1).clamp(min=0)
+def segment_around(n: Tensor, original_steps: int, k: int) -> tuple[Tensor, Tensor]:
+    """The levels [B] of the lower and the upper edge of the segment that the times of index n [B] are in."""
+    edges = torch.tensor(segment_edges(original_steps, k), device=n.device)
+    place = torch.searchsorted(edges, n, right=True)
+    low, high = (LEVELS // original_steps * edges[place + i] - 1 for i in (-1, 0))
+    return low.clamp(min=0), high
 
 
 @dataclass(kw_only=True)
@@ -76,8 +77,18 @@ class TrajectoryConsistency(LatentConsistency):
             return replace(schedule, eta=self.eta)
         return replace(schedule, sampler="ddim" if self.eta == 0 else "consistency")
 
+    def segments_at(self, step: int) -> int:
+        """k, the number of segments in iteration ``step``: here one."""
+        del step
+        return 1
+
+    def segment(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Levels [B] of the edges below and above the batch's t_n."""
+        n = batch.draws.integers("n", 0, self.original_steps)
+        return segment_around(n, self.original_steps, self.segments_at(batch.draws.key[2]))
+
     def end(self, batch: Batch, lower: Tensor, edge: Tensor) -> Tensor:
-        return batch.times("t_end", edge, lower)
+        return batch.times("t_end", self.segment(batch)[0], lower)
 
     def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:
         return {**super().noise_range(teacher), "t_end": (0, LEVELS - 1 - LEVELS // self.original_steps)}
@@ -90,9 +101,7 @@ class TrajectoryConsistency(LatentConsistency):
         return sample_tcd(student, noise, cond, self.levels(), self.eta, generators)
 
 
-def sample_tcd(
-    student: Denoiser, noise: Tensor, cond: Any, levels: list[int], eta: float, generators: Generators = None
-) -> Tensor:
+def sample_tcd(student: Denoiser, noise: Tensor, cond: Any, levels: list[int], eta: float, generators: Generators = None) -> Tensor:
     """A sample [B, ...] by TCD's steps: on a table the state at row 0, where TCDScheduler ends, and elsewhere x0."""
     last = trajectory(student, noise, cond, levels, "tcd", generators, eta=eta)[-1]
     if not isinstance(student.process, DiscreteVP):

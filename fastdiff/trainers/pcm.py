@@ -23,7 +23,7 @@ from fastdiff.diffusion.process import LEVELS
 from fastdiff.diffusion.solvers import ddim_step
 from fastdiff.errors import UserError
 from fastdiff.models.teacher import Teacher
-from fastdiff.trainers._segments import edge_below, segment_edges
+from fastdiff.trainers._segments import segment_around, segment_edges
 from fastdiff.trainers.lcm import LCM
 from fastdiff.trainers.method import Paper, Trial
 from fastdiff.trainers.trajectory import Sampler
@@ -72,7 +72,7 @@ class PCM(LCM):
 
     def neighbours(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         level, lower, _ = super().neighbours(n)
-        return level, lower, edge_below(n, self.original_steps, self.steps)
+        return level, lower, segment_around(n, self.original_steps, self.steps)[0]
 
     def compared(self, prediction: Prediction, end: Tensor) -> Tensor:
         """The state at the edge."""

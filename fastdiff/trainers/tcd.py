@@ -13,11 +13,15 @@ Departures: those of ``lcm``. A flow teacher of diffusers has a scheduler for et
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from torch import Tensor
+
+from fastdiff.models.denoiser import Denoiser
 from fastdiff.trainers._segments import TrajectoryConsistency
 from fastdiff.trainers.lcm import LCM
 from fastdiff.trainers.method import Paper, Trial
+from fastdiff.trainers.trajectory import Generators
 
 _TRIAL = {
     "guidance_range": (1.0, 1.0),
@@ -45,3 +49,6 @@ class TCD(TrajectoryConsistency, LCM):
         "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.16, "stray": 0.2}, max_steps=2500),
         "gaussian": Trial(fields={**_TRIAL, "eta": 0.0}, bounds={"w2": 0.4, "axes": 0.2, "flow_map": 0.1}, max_steps=2500),
     }
+
+    def sample(self, student: Denoiser, noise: Tensor, cond: Any, generators: Generators = None) -> Tensor:
+        return super().sample(student, noise, self.told(cond, noise), generators)

@@ -1,4 +1,4 @@
-"""TCD: where its jumps end, its loss at both extremes and for an exact student, its sampler's limits, and what its folder is told."""
+"""TCD: where its jumps end, its loss at both extremes and for an exact student, its sampler's limits, what its folder is told."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.teacher import Teacher
 from fastdiff.proof import laws
 from fastdiff.trainers import LCM, TCD, _latent
-from fastdiff.trainers._segments import edge_below, sample_tcd, segment_edges
+from fastdiff.trainers._segments import sample_tcd, segment_around, segment_edges
 from fastdiff.trainers.method import Method
 from fastdiff.trainers.trajectory import own_generators, trajectory
 
@@ -40,12 +40,14 @@ OFF = {"guidance_range": (1.0, 1.0), "pair_guidance_scale": 1.0, "distance": "sq
 
 @pytest.mark.parametrize("k", [1, 2, 4, 8, 40])
 def test_an_edge_is_strictly_below_its_time_and_starts_the_segment_above_it(k: int) -> None:
-    edges = edge_below(torch.arange(40), 40, k)
+    edges, tops = segment_around(torch.arange(40), 40, k)
     t = 25 * torch.arange(1, 41) - 1
     assert (edges < t).all()
+    assert (t <= tops).all()
+    assert ((tops - edges == 1000 // k) | (edges == 0)).all()
     assert sorted(set(edges.tolist())) == [max(25 * e - 1, 0) for e in segment_edges(40, k)[:-1]]
     at_an_edge = torch.tensor([e - 1 for e in segment_edges(40, k)[1:]])  # t_n is an edge itself: of the segment that it ends
-    assert edge_below(at_an_edge, 40, k).tolist() == sorted(set(edges.tolist()))
+    assert segment_around(at_an_edge, 40, k)[0].tolist() == sorted(set(edges.tolist()))
 
 
 def test_an_end_is_uniform_from_the_edge_to_the_lower_time_both_included(tmp_path: Path) -> None:
@@ -222,20 +224,22 @@ def test_what_plain_diffusers_does_unasked_and_told(tmp_path: Path) -> None:
     assert "num_inference_steps=4, eta=0.3" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("eta", "stochastic"), [(0.0, False), (1.0, True)])
-def test_a_flow_teacher_s_scheduler_makes_eta_0_and_eta_1(eta: float, stochastic: bool, tmp_path: Path) -> None:
-    method = TCD(guidance_range=(2.0, 2.0), eta=eta, original_steps=40, **PAIRS)
+def test_a_flow_teacher_s_scheduler_makes_eta_0_and_eta_1(tmp_path: Path) -> None:
+    method = TCD(guidance_range=(2.0, 2.0), eta=1.0, original_steps=40, **PAIRS)
     run = trainer(method, tmp_path, tiny_flow_teacher(), max_steps=2)
     run.train()
     assert run.result["export_max_abs_diff"] < 1e-5
-    assert method.schedule(run.teacher).parts(run.teacher)[1].config.stochastic_sampling == stochastic
+    for eta, stochastic in ((0.0, False), (1.0, True)):
+        scheduler = TCD(eta=eta, guidance_range=(2.0, 2.0), original_steps=40).schedule(run.teacher).parts(run.teacher)[1]
+        assert scheduler.config.stochastic_sampling == stochastic
+        assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
 
 
 def test_what_no_scheduler_does_is_refused(tmp_path: Path) -> None:
     method = TCD(guidance_range=(2.0, 2.0), original_steps=40, **PAIRS)
     with pytest.raises(UserError, match="eta=0 or eta=1"), started(method, tmp_path, tiny_flow_teacher()):
         pass
-    with pytest.raises(UserError, match="eta is 1.5"):
+    with pytest.raises(UserError, match="eta is 1"):
         TCD(eta=1.5)
     with started(TCD(**PAIRS), tmp_path / "vp", tiny_teacher()) as run:
         assert run.method.schedule(run.teacher).eta == 0.3

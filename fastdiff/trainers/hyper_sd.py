@@ -1,0 +1,180 @@
+"""Hyper-SD: trajectory consistency in ever fewer, ever longer segments, as one adapter for one to eight steps.
+
+    stages  k = 8 -> 4 -> 2 -> 1 segments (``_segments``); each begins from the averaged student of the one before, its teacher
+    x_u     = DDIM step from x_t by the stage's teacher: first the guided teacher, then that student, which has the guidance in it
+    L_k     = mean | Psi(x_t, t_end) - sg Psi-(x_u, t_end) |^2,    t_end ~ U{t_b .. t_{n-1}}
+            + G for k <= 2, the adversarial term of ``_jump_gan``, of rising weight
+
+Trained: a LoRA of rank r and alpha r on the layers of ``lcm_lora``; the target Psi- is its average. Both, and the previous
+stage's student, are adapters on the teacher's own network. Delivered: the merged pipeline and the adapter alone, with TCDScheduler;
+one adapter for every number of steps (the paper also trains one for each). Every stage starts with a new optimiser.
+Ren et al., Hyper-SD: Trajectory Segmented Consistency Model (NeurIPS 2024), arXiv 2404.13686. Its text was read, no training code
+is public. Departures: x0 is the teacher's own stored result, not an image; one fixed guidance, and none by later stages' teachers
+(the sheet leaves it open); an average of factors, not of the product; no noise on the target.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from fastdiff.diffusion.prediction import Prediction
+from fastdiff.errors import UserError
+from fastdiff.models.roles import Role, Roles
+from fastdiff.pipelines.lora import export_adapter
+from fastdiff.trainers._counts import total
+from fastdiff.trainers._jump_gan import DISCRIMINATOR, JumpDiscriminated
+from fastdiff.trainers.lcm_lora import adapter_role
+from fastdiff.trainers.method import Batch, Calls, Delivered, Finished, Paper, Trial, due
+
+_TRIAL = {
+    "guidance_scale": 1.0,
+    "original_steps": 40,
+    "pairs": 20_000,
+    "pair_steps": 40,
+    "pair_guidance_scale": 1.0,
+    "lr": 1e-3,
+    "stage_steps": 800,
+    "gan_weight": 0.0,
+}
+
+
+@dataclass(kw_only=True)
+class HyperSD(JumpDiscriminated):
+    """One adapter for 1 to 8 steps, by trajectory consistency in 8, 4, 2 and 1 segments; needs prompts only."""
+
+    info: ClassVar[Paper] = Paper(
+        title="Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis",
+        venue="NeurIPS",
+        year=2024,
+        arxiv="2404.13686",
+        sheet="few_step_diffusion.md: Hyper-SD",
+    )
+
+    trials: ClassVar[Mapping[str, Trial]] = {
+        "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.2, "stray": 0.2}, max_steps=3200),
+        "gaussian": Trial(fields={**_TRIAL, "eta": 0.0}, bounds={"w2": 0.5, "axes": 0.3, "flow_map": 0.15}, max_steps=3200),
+    }
+
+    segments: tuple[int, ...] = (8, 4, 2, 1)
+    """k of each stage, falling."""
+    stage_steps: int = 250
+    """Iterations of a stage. The run must be long enough for all of them."""
+    guidance_scale: float = 7.5
+    """Guidance of the teacher in the first stage, which the student then has in itself; 1 is off."""
+    rank: int = 64
+    """Rank of the adapter; its alpha equals it."""
+    decay: float = 0.95
+    """Of the target's average: the share of itself that it keeps at each update."""
+    distance: Literal["pseudo_huber", "squared"] = "squared"
+    """Between prediction and target, element by element."""
+    gan_segments: int = 2
+    """Stages of so many segments or fewer have the adversarial term."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        falling = all(a > b for a, b in zip(self.segments, self.segments[1:], strict=False))
+        if not self.segments or not falling or self.segments[-1] < 1 or self.segments[0] > self.original_steps:
+            raise UserError(
+                f"segments is {self.segments}: expected falling numbers from at most {self.original_steps} to at least 1."
+            )
+        for name in ("stage_steps", "guidance_scale", "rank"):
+            if not getattr(self, name) >= 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        if not 0 <= self.decay < 1:
+            raise UserError(f"decay is {self.decay}: it must be in [0, 1); at 1 the target would stay the teacher.")
+
+    @classmethod
+    def name(cls) -> str:
+        return "hyper-sd"
+
+    # --- stages
+
+    def stage(self, step: int) -> int:
+        """The stage of an iteration, from 0; the last one goes on for as long as the run does."""
+        return min(step // self.stage_steps, len(self.segments) - 1)
+
+    def segments_at(self, step: int) -> int:
+        return self.segments[self.stage(step)]
+
+    def discriminates(self) -> bool:
+        return super().discriminates() and min(self.segments) <= self.gan_segments
+
+    def gan_weight_at(self, step: int) -> float:
+        """w, rising linearly over all iterations whose stages have the term."""
+        stages = [i for i, k in enumerate(self.segments) if k <= self.gan_segments]
+        return self.gan_weight * min((step + 1 - stages[0] * self.stage_steps) / (len(stages) * self.stage_steps), 1.0)
+
+    def check_length(self, max_steps: int) -> None:
+        if max_steps < (needed := len(self.segments) * self.stage_steps):
+            raise UserError(
+                f"max_steps is {max_steps} and {len(self.segments)} stages of {self.stage_steps} need {needed}: the student would "
+                f"not be one of {self.segments[-1]} segments. Give max_steps={needed}, or smaller stage_steps."
+            )
+
+    def restarts(self, step: int) -> tuple[str, ...]:
+        return ("student",) if step > 0 and self.stage(step) > self.stage(step - 1) else ()
+
+    def begin(self, step: int, roles: Roles) -> None:
+        if step == 0 or self.restarts(step):
+            for name in ("previous", "target"):
+                roles.follow(name, "student", 0.0)
+
+    # --- roles and updates
+
+    def roles(self) -> dict[str, Role]:
+        averages = {name: adapter_role(self.rank, follows=True) for name in ("target", "previous")}
+        return {"student": adapter_role(self.rank, self.lr), **averages, **super().roles()}
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        gan = self.discriminates() and self.segments_at(step) <= self.gan_segments
+        update = f"{'later' if self.stage(step) else 'first'}_{'gan' if gan else 'stage'}"
+        return (update, DISCRIMINATOR) if gan and due(step, (1, 2)) else (update,)
+
+    def trains(self, update: str) -> tuple[str, ...]:
+        return (update,) if update == DISCRIMINATOR else ("student",)
+
+    def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
+        return total((self._calls_of(update), 1) for update in updates)
+
+    def _calls_of(self, update: str) -> dict[str, Calls]:
+        if update == DISCRIMINATOR:
+            return {"teacher": Calls(2, 0)}
+        teacher = Calls(0, 0) if update.startswith("later") else Calls(1 if self.guidance_scale == 1 else 2, 0)
+        previous = Calls(1, 0) if update.startswith("later") else Calls(0, 0)
+        looked = Calls(1, 1) if update.endswith("gan") else Calls(0, 0)
+        return {"student": Calls(1, 1), "target": Calls(1, 0), "previous": previous, "teacher": teacher + looked}
+
+    def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        if update == DISCRIMINATOR:
+            return {"discriminator": self.discriminator_term(batch, roles)}
+
+        def teach(x_t: Tensor, t: Tensor, cond: Any) -> Prediction:
+            if update.startswith("later"):
+                return roles.denoiser("previous")(x_t, t, cond)
+            return roles.denoiser("teacher").guided(x_t, t, cond, batch.null, self.guidance_scale)
+
+        pair = self.pair(batch, roles, teach, target="target")
+        terms = {"consistency": self.distance_of(pair)}
+        if update.endswith("gan"):
+            terms["gan"] = self.generator_term(pair, batch, roles, self.gan_weight_at(batch.draws.key[2]))
+        return terms
+
+    def after(self, update: str, roles: Roles) -> None:
+        if update != DISCRIMINATOR:
+            roles.follow("target", "student", self.decay)
+
+    def signals(self, terms: Mapping[str, float]) -> dict[str, float]:
+        return {"discriminator_loss": terms["discriminator"]} if "discriminator" in terms else {}
+
+    def deliver(self, finished: Finished) -> Delivered:
+        """The merged pipeline, and the adapter beside it."""
+        delivered = super().deliver(finished)
+        if finished.teacher.pipeline is not None:
+            told = "".join(
+                f"{key}={value}, " for key, value in self.schedule(finished.teacher).call.items() if key != "guidance_scale"
+            )
+            options = {"scheduler": "TCDScheduler", "call": told, "prompt": finished.prompts[0]}
+            export_adapter(finished.teacher.pipeline, finished.adapter, finished.folder, **options)
+        return delivered

@@ -54,7 +54,8 @@ class JumpDiscriminated(TrajectoryConsistency):
         if self.discriminates():
             needs_bottleneck(teacher)
 
-    def roles(self) -> dict[str, Role]:
+    def gan_roles(self) -> dict[str, Role]:
+        """What the term needs besides the student."""
         return {DISCRIMINATOR: Role(train="module", lr=self.discriminator_lr, build=_head)} if self.discriminates() else {}
 
     def noise_range(self, teacher: Teacher) -> dict[str, tuple[int, int]]:

@@ -4,6 +4,7 @@
     x_u     = DDIM step from x_t by the stage's teacher: first the guided teacher, then that student, which has the guidance in it
     L_k     = mean | Psi(x_t, t_end) - sg Psi-(x_u, t_end) |^2,    t_end ~ U{t_b .. t_{n-1}}
             + G for k <= 2, the adversarial term of ``_jump_gan``, of rising weight
+    then, if asked for, score distillation of the one-step sample (``_one_step``)
 
 Trained: a LoRA of rank r and alpha r on the layers of ``lcm_lora``; the target Psi- is its average. Both, and the previous
 stage's student, are adapters on the teacher's own network. Delivered: the merged pipeline and the adapter alone, with TCDScheduler;
@@ -25,9 +26,11 @@ from fastdiff.models.roles import Role, Roles
 from fastdiff.pipelines.lora import export_adapter
 from fastdiff.trainers._counts import total
 from fastdiff.trainers._jump_gan import DISCRIMINATOR, JumpDiscriminated
+from fastdiff.trainers._one_step import FAKE_SCORE, OneStepDistilled
 from fastdiff.trainers.lcm_lora import adapter_role
 from fastdiff.trainers.method import Batch, Calls, Delivered, Finished, Paper, Trial, due
 
+ONE_STEP = "one_step"
 _TRIAL = {
     "guidance_scale": 1.0,
     "original_steps": 40,
@@ -41,7 +44,7 @@ _TRIAL = {
 
 
 @dataclass(kw_only=True)
-class HyperSD(JumpDiscriminated):
+class HyperSD(OneStepDistilled, JumpDiscriminated):
     """One adapter for 1 to 8 steps, by trajectory consistency in 8, 4, 2 and 1 segments; needs prompts only."""
 
     info: ClassVar[Paper] = Paper(
@@ -63,8 +66,6 @@ class HyperSD(JumpDiscriminated):
     """Iterations of a stage. The run must be long enough for all of them."""
     guidance_scale: float = 7.5
     """Guidance of the teacher in the first stage, which the student then has in itself; 1 is off."""
-    rank: int = 64
-    """Rank of the adapter; its alpha equals it."""
     decay: float = 0.95
     """Of the target's average: the share of itself that it keeps at each update."""
     distance: Literal["pseudo_huber", "squared"] = "squared"
@@ -92,11 +93,15 @@ class HyperSD(JumpDiscriminated):
     # --- stages
 
     def stage(self, step: int) -> int:
-        """The stage of an iteration, from 0; the last one goes on for as long as the run does."""
-        return min(step // self.stage_steps, len(self.segments) - 1)
+        """The stage of an iteration, from 0; the last one goes on for as long as the run does, or the one-step stage follows it."""
+        return min(step // self.stage_steps, len(self.segments) - (not self.one_step_steps))
+
+    def one_step_at(self, step: int) -> bool:
+        """Whether an iteration is one of the one-step stage, which goes on for as long as the run does."""
+        return self.stage(step) == len(self.segments)
 
     def segments_at(self, step: int) -> int:
-        return self.segments[self.stage(step)]
+        return self.segments[min(self.stage(step), len(self.segments) - 1)]
 
     def discriminates(self) -> bool:
         return super().discriminates() and min(self.segments) <= self.gan_segments
@@ -107,10 +112,12 @@ class HyperSD(JumpDiscriminated):
         return self.gan_weight * min((step + 1 - stages[0] * self.stage_steps) / (len(stages) * self.stage_steps), 1.0)
 
     def check_length(self, max_steps: int) -> None:
-        if max_steps < (needed := len(self.segments) * self.stage_steps):
+        needed = len(self.segments) * self.stage_steps + self.one_step_steps
+        if max_steps < needed:
+            last = f" and {self.one_step_steps} of the one-step stage" if self.one_step_steps else ""
             raise UserError(
-                f"max_steps is {max_steps} and {len(self.segments)} stages of {self.stage_steps} need {needed}: the student would "
-                f"not be one of {self.segments[-1]} segments. Give max_steps={needed}, or smaller stage_steps."
+                f"max_steps is {max_steps}, and {len(self.segments)} stages of {self.stage_steps}{last} need {needed}: the student "
+                f"would not be one of {self.segments[-1]} segments. Give max_steps={needed}, or smaller stage_steps."
             )
 
     def restarts(self, step: int) -> tuple[str, ...]:
@@ -125,44 +132,55 @@ class HyperSD(JumpDiscriminated):
 
     def roles(self) -> dict[str, Role]:
         averages = {name: adapter_role(self.rank, follows=True) for name in ("target", "previous")}
-        return {"student": adapter_role(self.rank, self.lr), **averages, **super().roles()}
+        return {"student": adapter_role(self.rank, self.lr), **averages, **self.gan_roles(), **self.one_step_roles()}
 
     def updates(self, step: int) -> tuple[str, ...]:
+        if self.one_step_at(step):
+            warm = step - len(self.segments) * self.stage_steps < self.one_step_warmup
+            return (FAKE_SCORE,) if warm else (ONE_STEP, FAKE_SCORE)
         gan = self.discriminates() and self.segments_at(step) <= self.gan_segments
         update = f"{'later' if self.stage(step) else 'first'}_{'gan' if gan else 'stage'}"
         return (update, DISCRIMINATOR) if gan and due(step, (1, 2)) else (update,)
 
     def trains(self, update: str) -> tuple[str, ...]:
-        return (update,) if update == DISCRIMINATOR else ("student",)
+        return (update,) if update in {DISCRIMINATOR, FAKE_SCORE} else ("student",)
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
-        return total((self._calls_of(update), 1) for update in updates)
+        found = total((self._calls_of(update), 1) for update in updates)
+        return total([(found, 1), ({"student": Calls(1, 0)}, 1)]) if updates == (FAKE_SCORE,) else found
 
     def _calls_of(self, update: str) -> dict[str, Calls]:
         if update == DISCRIMINATOR:
             return {"teacher": Calls(2, 0)}
-        teacher = Calls(0, 0) if update.startswith("later") else Calls(1 if self.guidance_scale == 1 else 2, 0)
-        previous = Calls(1, 0) if update.startswith("later") else Calls(0, 0)
+        if update == FAKE_SCORE:
+            return {FAKE_SCORE: Calls(1, 1)}
+        guided, first = Calls(1 if self.guidance_scale == 1 else 2, 0), update.startswith("first")
+        if update == ONE_STEP:
+            asked = {"teacher": guided, FAKE_SCORE: Calls(1, 0), "previous": Calls(1 + self.multistep, 0)}
+            return {"student": Calls(2, 2), "target": Calls(1, 0), **asked}
+        teacher, previous = (guided, Calls(0, 0)) if first else (Calls(0, 0), Calls(1, 0))
         looked = Calls(1, 1) if update.endswith("gan") else Calls(0, 0)
         return {"student": Calls(1, 1), "target": Calls(1, 0), "previous": previous, "teacher": teacher + looked}
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         if update == DISCRIMINATOR:
             return {"discriminator": self.discriminator_term(batch, roles)}
+        if update == FAKE_SCORE:
+            return {"fake_score": self.fake_score_term(batch, roles)}
 
         def teach(x_t: Tensor, t: Tensor, cond: Any) -> Prediction:
-            if update.startswith("later"):
-                return roles.denoiser("previous")(x_t, t, cond)
-            return roles.denoiser("teacher").guided(x_t, t, cond, batch.null, self.guidance_scale)
+            if update.startswith("first"):
+                return roles.denoiser("teacher").guided(x_t, t, cond, batch.null, self.guidance_scale)
+            return roles.denoiser("previous")(x_t, t, cond)
 
         pair = self.pair(batch, roles, teach, target="target")
         terms = {"consistency": self.distance_of(pair)}
         if update.endswith("gan"):
             terms["gan"] = self.generator_term(pair, batch, roles, self.gan_weight_at(batch.draws.key[2]))
-        return terms
+        return terms | (self.one_step_terms(batch, roles) if update == ONE_STEP else {})
 
     def after(self, update: str, roles: Roles) -> None:
-        if update != DISCRIMINATOR:
+        if self.trains(update) == ("student",):
             roles.follow("target", "student", self.decay)
 
     def signals(self, terms: Mapping[str, float]) -> dict[str, float]:

@@ -41,6 +41,12 @@ VARIANTS: dict[str, Method] = {
         decay=0.5,
         lr=1e-3,
         discriminator_lr=1e-3,
+        one_step_steps=3,
+        one_step_warmup=1,
+        score_weight=0.5,
+        multistep_weight=2.0,
+        multistep=2,
+        fake_score_lr=1e-3,
         **TINY,
     ),
 }
@@ -205,6 +211,51 @@ def test_the_discriminator_sees_both_jumps_at_one_later_time_through_the_frozen_
         assert ((x_real - x_fake) - scale * (real - fake)).abs().max() < 1e-5  # one noise for both
         batch.memo["jumps"] = (real, real, end, batch.memo["jumps"][3])
         assert method.loss("discriminator", batch, roles)["discriminator"].item() >= 2
+
+
+# --- one step
+
+
+ONE = {"segments": (2, 1), "stage_steps": 2, "one_step_steps": 2, "gan_weight": 0.0}
+
+
+def test_the_one_step_stage_follows_the_others_and_its_fake_score_goes_ahead() -> None:
+    method = HyperSD(**{**ONE, "one_step_steps": 3}, one_step_warmup=1)
+    kinds = [method.updates(step) for step in range(9)]
+    assert kinds == [("first_stage",)] * 2 + [("later_stage",)] * 2 + [("fake_score",)] + [("one_step", "fake_score")] * 4
+    assert [method.segments_at(step) for step in (0, 2, 4, 8)] == [2, 1, 1, 1]
+    assert [step for step in range(9) if method.restarts(step)] == [2, 4]
+
+
+def test_the_one_step_terms_by_hand(tmp_path: Path) -> None:
+    """DMD's gradient, and the distance to what the frozen student of the last stage makes of the same noise in several steps."""
+    method = HyperSD(**ONE, guidance_scale=3.0, multistep=2, score_weight=0.5, multistep_weight=2.0, **TINY)
+    with started(method, tmp_path, batch_size=8) as run:
+        shake(run)
+        roles, batch, process = run._roles, run._micro_batches(4)[0], run.teacher.process
+        roles.train_only("student")
+        terms = method.loss("one_step", batch, roles)
+        z, cond = batch.noise("z"), batch.cond
+        row = torch.zeros(8, dtype=torch.long)
+        with torch.no_grad():
+            x = ddim_step(roles.denoiser("student")(z, row + 999, cond), row)
+            first = ddim_step(roles.denoiser("previous")(z, row + 999, cond), row + 499)
+            several = ddim_step(roles.denoiser("previous")(first, row + 499, cond), row)
+            t = method.times("student_t", batch)
+            x_t = process.add_noise(x, batch.noise("student_eps"), t)
+            real = roles.denoiser("teacher").guided(x_t, t, cond, batch.null, 3.0).x0
+            gradient = roles.denoiser("fake_score")(x_t, t, cond).x0 - real
+            gradient = gradient / (x - real).abs().mean((1, 2, 3), keepdim=True)
+        assert terms["multistep"].item() == pytest.approx(2 * (x - several).square().mean().item(), rel=1e-4)
+        assert terms["score"].item() == pytest.approx(0.25 * gradient.square().mean().item(), rel=1e-4)
+        assert (x - several).square().mean() > 1e-6
+        assert terms.keys() == {"consistency", "score", "multistep"}
+        assert batch.memo["x"].requires_grad is False
+        roles.train_only("fake_score")
+        fake = method.loss("fake_score", batch, roles)["fake_score"]
+        fake.backward()
+        assert any(p.grad.abs().max() > 0 for p in roles.parameters("fake_score"))
+        assert all(p.grad is None for name in ("student", "previous", "target") for p in roles.parameters(name))
 
 
 # --- the adapter

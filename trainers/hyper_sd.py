@@ -27,9 +27,10 @@ def main(
     lr: float = 1e-4,
     seed: int = 0,
 ) -> None:
-    options = {"stage_steps": stage_steps, "one_step_steps": one_step_steps, "rank": rank}
-    method = HyperSD(guidance_scale=guidance_scale, eta=eta, lr=lr, **options)
-    needed = len(method.segments) * stage_steps + one_step_steps
+    method = HyperSD(
+        stage_steps=stage_steps, one_step_steps=one_step_steps, guidance_scale=guidance_scale, eta=eta, rank=rank, lr=lr
+    )
+    needed = sum(stage.steps for stage in method.stages())
     trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=needed, seed=seed)
     trainer.train()  # the merged pipeline is in the folder too
     base = load_pipeline(teacher)

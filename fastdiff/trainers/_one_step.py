@@ -28,7 +28,7 @@ from fastdiff.trainers.dmd2 import matching_gradient
 from fastdiff.trainers.lcm_lora import adapter_role
 from fastdiff.trainers.method import Batch
 
-FAKE_SCORE = "fake_score"
+FAKE_SCORE, ONE_STEP = "fake_score", "one_step"
 
 
 @dataclass(kw_only=True)
@@ -61,8 +61,8 @@ class OneStepDistilled(TrajectoryConsistency):
             )
         if not 1 <= self.multistep <= self.original_steps or not self.fake_score_lr > 0:
             raise UserError(
-                f"multistep is {self.multistep}, fake_score_lr {self.fake_score_lr}: expected 1 to {self.original_steps} steps, and "
-                "a rate above 0."
+                f"multistep is {self.multistep}, fake_score_lr {self.fake_score_lr}: expected 1 to {self.original_steps} "
+                "steps, and a rate above 0."
             )
 
     def one_step_roles(self) -> dict[str, Role]:

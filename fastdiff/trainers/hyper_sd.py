@@ -4,7 +4,7 @@
     x_u     = DDIM step from x_t by the stage's teacher: first the guided teacher, then that student, which has the guidance in it
     L_k     = mean | Psi(x_t, t_end) - sg Psi-(x_u, t_end) |^2,    t_end ~ U{t_b .. t_{n-1}}
             + G for k <= 2, the adversarial term of ``_jump_gan``, of rising weight
-    then, if asked for, score distillation of the one-step sample (``_one_step``)
+    then, if asked for, feedback learning (``_feedback``) and score distillation of the one-step sample (``_one_step``)
 
 Trained: a LoRA of rank r and alpha r on the layers of ``lcm_lora``; the target Psi- is its average. Both, and the previous
 stage's student, are adapters on the teacher's own network. Delivered: the merged pipeline and the adapter alone, with TCDScheduler;
@@ -25,12 +25,12 @@ from fastdiff.errors import UserError
 from fastdiff.models.roles import Role, Roles
 from fastdiff.pipelines.lora import export_adapter
 from fastdiff.trainers._counts import total
+from fastdiff.trainers._feedback import FEEDBACK, FeedbackLearned
 from fastdiff.trainers._jump_gan import DISCRIMINATOR, JumpDiscriminated
-from fastdiff.trainers._one_step import FAKE_SCORE, OneStepDistilled
+from fastdiff.trainers._one_step import FAKE_SCORE, ONE_STEP, OneStepDistilled
 from fastdiff.trainers.lcm_lora import adapter_role
 from fastdiff.trainers.method import Batch, Calls, Delivered, Finished, Paper, Trial, due
 
-ONE_STEP = "one_step"
 _TRIAL = {
     "guidance_scale": 1.0,
     "original_steps": 40,
@@ -43,8 +43,17 @@ _TRIAL = {
 }
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What iterations in a row do: in how many segments, how many of them."""
+
+    kind: str
+    segments: int
+    steps: int
+
+
 @dataclass(kw_only=True)
-class HyperSD(OneStepDistilled, JumpDiscriminated):
+class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
     """One adapter for 1 to 8 steps, by trajectory consistency in 8, 4, 2 and 1 segments; needs prompts only."""
 
     info: ClassVar[Paper] = Paper(
@@ -92,16 +101,23 @@ class HyperSD(OneStepDistilled, JumpDiscriminated):
 
     # --- stages
 
-    def stage(self, step: int) -> int:
-        """The stage of an iteration, from 0; the last one goes on for as long as the run does, or the one-step stage follows it."""
-        return min(step // self.stage_steps, len(self.segments) - (not self.one_step_steps))
+    def stages(self) -> list[Stage]:
+        """All of them, in order; the last one goes on for as long as the run does."""
+        found = [Stage("segments", k, self.stage_steps) for k in self.segments]
+        further = {FEEDBACK: self.feedback_steps, ONE_STEP: self.one_step_steps}
+        return found + [Stage(kind, self.segments[-1], steps) for kind, steps in further.items() if steps]
 
-    def one_step_at(self, step: int) -> bool:
-        """Whether an iteration is one of the one-step stage, which goes on for as long as the run does."""
-        return self.stage(step) == len(self.segments)
+    def place(self, step: int) -> tuple[int, int]:
+        """The stage of an iteration, from 0, and how many iterations of it came before."""
+        stages = self.stages()
+        for i, stage in enumerate(stages[:-1]):
+            if step < stage.steps:
+                return i, step
+            step -= stage.steps
+        return len(stages) - 1, step
 
     def segments_at(self, step: int) -> int:
-        return self.segments[min(self.stage(step), len(self.segments) - 1)]
+        return self.stages()[self.place(step)[0]].segments
 
     def discriminates(self) -> bool:
         return super().discriminates() and min(self.segments) <= self.gan_segments
@@ -112,16 +128,15 @@ class HyperSD(OneStepDistilled, JumpDiscriminated):
         return self.gan_weight * min((step + 1 - stages[0] * self.stage_steps) / (len(stages) * self.stage_steps), 1.0)
 
     def check_length(self, max_steps: int) -> None:
-        needed = len(self.segments) * self.stage_steps + self.one_step_steps
+        needed = sum(stage.steps for stage in self.stages())
         if max_steps < needed:
-            last = f" and {self.one_step_steps} of the one-step stage" if self.one_step_steps else ""
             raise UserError(
-                f"max_steps is {max_steps}, and {len(self.segments)} stages of {self.stage_steps}{last} need {needed}: the student "
-                f"would not be one of {self.segments[-1]} segments. Give max_steps={needed}, or smaller stage_steps."
+                f"max_steps is {max_steps}, and {len(self.stages())} stages need {needed}: the last of them would be cut off, and "
+                f"the student not one of {self.segments[-1]} segments. Give max_steps={needed}, or smaller stage_steps."
             )
 
     def restarts(self, step: int) -> tuple[str, ...]:
-        return ("student",) if step > 0 and self.stage(step) > self.stage(step - 1) else ()
+        return ("student",) if step > 0 and self.place(step)[1] == 0 else ()
 
     def begin(self, step: int, roles: Roles) -> None:
         if step == 0 or self.restarts(step):
@@ -135,11 +150,13 @@ class HyperSD(OneStepDistilled, JumpDiscriminated):
         return {"student": adapter_role(self.rank, self.lr), **averages, **self.gan_roles(), **self.one_step_roles()}
 
     def updates(self, step: int) -> tuple[str, ...]:
-        if self.one_step_at(step):
-            warm = step - len(self.segments) * self.stage_steps < self.one_step_warmup
-            return (FAKE_SCORE,) if warm else (ONE_STEP, FAKE_SCORE)
+        i, into = self.place(step)
+        if (kind := self.stages()[i].kind) == ONE_STEP:
+            return (FAKE_SCORE,) if into < self.one_step_warmup else (ONE_STEP, FAKE_SCORE)
+        if kind == FEEDBACK:
+            return (FEEDBACK,)
         gan = self.discriminates() and self.segments_at(step) <= self.gan_segments
-        update = f"{'later' if self.stage(step) else 'first'}_{'gan' if gan else 'stage'}"
+        update = f"{'later' if i else 'first'}_{'gan' if gan else 'stage'}"
         return (update, DISCRIMINATOR) if gan and due(step, (1, 2)) else (update,)
 
     def trains(self, update: str) -> tuple[str, ...]:
@@ -158,6 +175,8 @@ class HyperSD(OneStepDistilled, JumpDiscriminated):
         if update == ONE_STEP:
             asked = {"teacher": guided, FAKE_SCORE: Calls(1, 0), "previous": Calls(1 + self.multistep, 0)}
             return {"student": Calls(2, 2), "target": Calls(1, 0), **asked}
+        if update == FEEDBACK:
+            return {"student": Calls(self.steps + 2, 2), "target": Calls(1, 0), "previous": Calls(2, 0)}
         teacher, previous = (guided, Calls(0, 0)) if first else (Calls(0, 0), Calls(1, 0))
         looked = Calls(1, 1) if update.endswith("gan") else Calls(0, 0)
         return {"student": Calls(1, 1), "target": Calls(1, 0), "previous": previous, "teacher": teacher + looked}
@@ -177,14 +196,16 @@ class HyperSD(OneStepDistilled, JumpDiscriminated):
         terms = {"consistency": self.distance_of(pair)}
         if update.endswith("gan"):
             terms["gan"] = self.generator_term(pair, batch, roles, self.gan_weight_at(batch.draws.key[2]))
-        return terms | (self.one_step_terms(batch, roles) if update == ONE_STEP else {})
+        further = {ONE_STEP: self.one_step_terms, FEEDBACK: self.feedback_terms}
+        return terms | (further[update](batch, roles) if update in further else {})
 
     def after(self, update: str, roles: Roles) -> None:
         if self.trains(update) == ("student",):
             roles.follow("target", "student", self.decay)
 
     def signals(self, terms: Mapping[str, float]) -> dict[str, float]:
-        return {"discriminator_loss": terms["discriminator"]} if "discriminator" in terms else {}
+        told = {"discriminator_loss": terms["discriminator"]} if "discriminator" in terms else {}
+        return told | self.drift_signal(terms)
 
     def deliver(self, finished: Finished) -> Delivered:
         """The merged pipeline, and the adapter beside it."""

@@ -11,7 +11,6 @@ from short_runs import shake, started, trainer
 from tiny import tiny_flow_teacher, tiny_teacher
 from torch import Tensor
 
-from fastdiff import Trainer
 from fastdiff.diffusion.process import DiscreteVP
 from fastdiff.diffusion.solvers import ddim_step
 from fastdiff.errors import UserError
@@ -51,12 +50,6 @@ VARIANTS: dict[str, Method] = {
     ),
 }
 OFF = {"guidance_scale": 1.0, "pair_guidance_scale": 1.0, "gan_weight": 0.0}
-
-
-def as_step(run: Trainer, step: int) -> Method:
-    """The method, with its stage that of an iteration: for batches of step 0, whose draws are the same in all stages."""
-    run.method.stage = lambda _, own=run.method.stage: own(step)  # type: ignore[method-assign,attr-defined]
-    return run.method
 
 
 # --- stages
@@ -122,7 +115,7 @@ def test_the_loss_is_the_squared_distance_of_the_two_jumps(step: int, tmp_path: 
         HyperSD(segments=(4, 2), stage_steps=1, guidance_scale=3.0, gan_weight=0.0, **TINY), tmp_path, batch_size=16
     ) as run:
         shake(run)
-        batch, roles, method = run._micro_batches(0)[0], run._roles, as_step(run, step)
+        batch, roles, method = run._micro_batches(step)[0], run._roles, run.method
         got = method.loss(method.updates(step)[0], batch, roles)["consistency"]
         _, x0, cond = run.method.draw_pairs(batch)
         k, n = (4, 2)[step], batch.draws.integers("n", 0, 50)

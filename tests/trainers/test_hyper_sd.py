@@ -26,7 +26,7 @@ from fastdiff.trainers.trajectory import own_generators
 
 TINY = {"pairs": 12, "pair_steps": 2, "rank": 4}
 VARIANTS: dict[str, Method] = {
-    "gan": HyperSD(segments=(4, 2), stage_steps=2, guidance_scale=2.0, **TINY),
+    "gan-feedback": HyperSD(segments=(2,), stage_steps=1, guidance_scale=2.0, feedback_steps=1, drift_weight=0.5, **TINY),
     "eta-1": HyperSD(
         segments=(2, 1),
         stage_steps=2,

@@ -20,19 +20,22 @@ from fastdiff import Trainer
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import laws
 from fastdiff.proof.certify import METRICS, Drawn
-from fastdiff.trainers import LCM, PCM, TCD, HyperSD
+from fastdiff.trainers import LCM, TCD, HyperSD
 from fastdiff.trainers._segments import sample_tcd
 from fastdiff.trainers.draws import generator_for
 from fastdiff.trainers.method import Method
 
 WAYS = [(1, 0.0), (2, 0.0), (2, 0.3), (4, 0.0), (4, 0.3), (4, 1.0), (8, 0.0), (8, 0.3)]
 _SAME: dict[str, Any] = {"original_steps": 40, "pairs": 20_000, "pair_steps": 40, "pair_guidance_scale": 1.0, "lr": 1e-3}
+_TSCD: dict[str, Any] = {**HyperSD.trials["ring"].fields}
 STUDENTS: dict[str, Method] = {
     "lcm": LCM(guidance_range=(1.0, 1.0), **_SAME),
-    "pcm-4": PCM(guidance_range=(1.0, 1.0), **_SAME),
-    "tcd": TCD(guidance_range=(1.0, 1.0), **_SAME),
-    "tscd": HyperSD(guidance_scale=1.0, gan_weight=0.0, stage_steps=800, **_SAME),
-    "tscd-gan": HyperSD(guidance_scale=1.0, discriminator_lr=1e-3, stage_steps=800, **_SAME),
+    "tcd": TCD(**TCD.trials["ring"].fields),
+    "tcd-lora": HyperSD(**{**_TSCD, "segments": (1,), "stage_steps": 3200}),
+    "tscd": HyperSD(**_TSCD),
+    "tscd-first": HyperSD(**_TSCD, stage_teacher="first"),
+    "tscd-gan": HyperSD(**{**_TSCD, "gan_weight": 0.1, "discriminator_lr": 1e-3}),
+    "tscd-one-step": HyperSD(**_TSCD, one_step_steps=800, one_step_warmup=200, fake_score_lr=1e-3),
 }
 
 
@@ -50,7 +53,8 @@ def rows(student: Denoiser, seed: int, levels_of: Any) -> list[dict[str, float]]
     return found
 
 
-def train(method: Method, seed: int, max_steps: int) -> Denoiser:
+def train(method: Method, seed: int) -> Denoiser:
+    max_steps = sum(stage.steps for stage in method.stages()) if isinstance(method, HyperSD) else 3200
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {
             "batch_size": 512,
@@ -68,7 +72,6 @@ def main(
     output: Path = Path("docs/results/trajectory_consistency.csv"),
     seeds: tuple[int, ...] = (0,),
     only: tuple[str, ...] = (),
-    max_steps: int = 3200,
 ) -> None:
     torch.set_num_threads(1)
     new = not output.exists()
@@ -81,7 +84,7 @@ def main(
                 if only and name not in only:
                     continue
                 clock = time.perf_counter()
-                student = laws.teacher("ring", seed=seed).denoiser if method is None else train(method, seed, max_steps)
+                student = laws.teacher("ring", seed=seed).denoiser if method is None else train(method, seed)
                 seconds = 0.0 if method is None else time.perf_counter() - clock
 
                 def levels_of(steps: int) -> list[int]:

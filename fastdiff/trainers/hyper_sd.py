@@ -37,7 +37,7 @@ _TRIAL = {
     "pairs": 20_000,
     "pair_steps": 40,
     "pair_guidance_scale": 1.0,
-    "lr": 1e-3,
+    "lr": 5e-4,
     "stage_steps": 800,
     "gan_weight": 0.0,
 }
@@ -77,6 +77,8 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
     """Guidance of the teacher in the first stage, which the student then has in itself; 1 is off."""
     decay: float = 0.95
     """Of the target's average: the share of itself that it keeps at each update."""
+    stage_teacher: Literal["previous", "first"] = "previous"
+    """Whose step x_u is made by in all stages but the first: the previous stage's student's, or still the guided teacher's."""
     distance: Literal["pseudo_huber", "squared"] = "squared"
     """Between prediction and target, element by element."""
     gan_segments: int = 2
@@ -89,6 +91,8 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
             raise UserError(
                 f"segments is {self.segments}: expected falling numbers from at most {self.original_steps} to at least 1."
             )
+        if self.stage_teacher not in {"previous", "first"}:
+            raise UserError(f"stage_teacher is {self.stage_teacher!r}: expected previous or first.")
         for name in ("stage_steps", "guidance_scale", "rank"):
             if not getattr(self, name) >= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
@@ -156,7 +160,8 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
         if kind == FEEDBACK:
             return (FEEDBACK,)
         gan = self.discriminates() and self.segments_at(step) <= self.gan_segments
-        update = f"{'later' if i else 'first'}_{'gan' if gan else 'stage'}"
+        later = i > 0 and self.stage_teacher == "previous"
+        update = f"{'later' if later else 'first'}_{'gan' if gan else 'stage'}"
         return (update, DISCRIMINATOR) if gan and due(step, (1, 2)) else (update,)
 
     def trains(self, update: str) -> tuple[str, ...]:

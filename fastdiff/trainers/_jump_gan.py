@@ -23,6 +23,7 @@ from fastdiff.losses import hinge_discriminator, hinge_generator, reduce
 from fastdiff.models.roles import Role, Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.trainers._latent import Compared
+from fastdiff.trainers._scores import full_precision
 from fastdiff.trainers._segments import TrajectoryConsistency
 from fastdiff.trainers.method import Batch, needs_bottleneck
 
@@ -79,10 +80,10 @@ class JumpDiscriminated(TrajectoryConsistency):
         lower = self.neighbours(batch.draws.integers("n", 0, self.original_steps))[1]
         s = batch.times("gan_s", batch.levels("t_end", low, lower), high)
         x_s = renoise(x, end, s, batch.noise("gan_noise"), process)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not train):
-            features = roles.features("teacher", x_s, s, cond)
-        logits: Tensor = roles.modules[DISCRIMINATOR](features)
-        return logits
+        with full_precision(x):  # the discriminator learns from the small difference of two jumps, which bf16 rounds away
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not train):
+                features = roles.features("teacher", x_s, s, cond)
+            return roles.generate(DISCRIMINATOR, features)
 
 
 def _head(teacher: Teacher) -> nn.Module:

@@ -55,7 +55,7 @@ class OneStepDistilled(TrajectoryConsistency):
         for name in ("one_step_steps", "one_step_warmup", "score_weight", "multistep_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must not be negative; 0 turns it off.")
-        if not self.one_step_warmup <= self.one_step_steps:
+        if self.one_step_warmup >= max(self.one_step_steps, 1):
             raise UserError(
                 f"one_step_warmup is {self.one_step_warmup} of one_step_steps {self.one_step_steps}: the student would not learn."
             )

@@ -140,7 +140,9 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
             )
 
     def restarts(self, step: int) -> tuple[str, ...]:
-        return ("student",) if step > 0 and self.place(step)[1] == 0 else ()
+        i, into = self.place(step)
+        first = self.one_step_warmup if self.stages()[i].kind == ONE_STEP else 0
+        return ("student",) if step > 0 and into == first else ()
 
     def begin(self, step: int, roles: Roles) -> None:
         if step == 0 or self.restarts(step):
@@ -173,7 +175,7 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
 
     def _calls_of(self, update: str) -> dict[str, Calls]:
         if update == DISCRIMINATOR:
-            return {"teacher": Calls(2, 0)}
+            return {"teacher": Calls(2, 0), DISCRIMINATOR: Calls(2, 2)}
         if update == FAKE_SCORE:
             return {FAKE_SCORE: Calls(1, 1)}
         guided, first = Calls(1 if self.guidance_scale == 1 else 2, 0), update.startswith("first")
@@ -183,8 +185,9 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
         if update == FEEDBACK:
             return {"student": Calls(self.steps + 2, 2), "target": Calls(1, 0), "previous": Calls(2, 0)}
         teacher, previous = (guided, Calls(0, 0)) if first else (Calls(0, 0), Calls(1, 0))
-        looked = Calls(1, 1) if update.endswith("gan") else Calls(0, 0)
-        return {"student": Calls(1, 1), "target": Calls(1, 0), "previous": previous, "teacher": teacher + looked}
+        found = {"student": Calls(1, 1), "target": Calls(1, 0), "previous": previous, "teacher": teacher}
+        looked = Calls(1, 1)
+        return total([(found, 1), ({"teacher": looked, DISCRIMINATOR: looked}, 1)]) if update.endswith("gan") else found
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         if update == DISCRIMINATOR:

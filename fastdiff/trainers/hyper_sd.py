@@ -184,8 +184,8 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
             return {"student": Calls(2, 2), "target": Calls(1, 0), **asked}
         if update == FEEDBACK:
             return {"student": Calls(self.steps + 2, 2), "target": Calls(1, 0), "previous": Calls(2, 0)}
-        teacher, previous = (guided, Calls(0, 0)) if first else (Calls(0, 0), Calls(1, 0))
-        found = {"student": Calls(1, 1), "target": Calls(1, 0), "previous": previous, "teacher": teacher}
+        taught = {"teacher": guided} if first else {"previous": Calls(1, 0)}
+        found = {"student": Calls(1, 1), "target": Calls(1, 0), **taught}
         looked = Calls(1, 1)
         return total([(found, 1), ({"teacher": looked, DISCRIMINATOR: looked}, 1)]) if update.endswith("gan") else found
 

@@ -47,7 +47,9 @@ class TCD(TrajectoryConsistency, LCM):
 
     trials: ClassVar[Mapping[str, Trial]] = {
         "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.1, "stray": 0.09}, max_steps=3200),
-        "gaussian": Trial(fields={**_TRIAL, "eta": 0.0}, bounds={"w2": 0.4, "axes": 0.2, "flow_map": 0.1}, max_steps=2500),
+        "gaussian": Trial(
+            fields={**_TRIAL, "eta": 0.0, "steps": 2}, bounds={"flow_map": 0.16, "w2": 0.7, "axes": 0.9}, max_steps=2500
+        ),
     }
 
     def sample(self, student: Denoiser, noise: Tensor, cond: Any, generators: Generators = None) -> Tensor:

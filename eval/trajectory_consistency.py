@@ -37,7 +37,7 @@ STUDENTS: dict[str, Method] = {
     "tscd-first": HyperSD(**_TSCD, stage_teacher="first"),
     "tscd-gan": HyperSD(**{**_TSCD, "gan_weight": 0.1, "discriminator_lr": 1e-3}),
     "tscd-one-step": HyperSD(**_TSCD, **_ONE),
-    "tscd-one-step-0.03": HyperSD(**_TSCD, **_ONE, score_weight=0.03),
+    "tscd-one-step-0.1": HyperSD(**_TSCD, **_ONE, score_weight=0.1),
 }
 
 

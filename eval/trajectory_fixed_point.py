@@ -1,8 +1,8 @@
 """Where trajectory consistency leads a student that does not see its end, worked out exactly on the law `gaussian`.
 
 In each principal direction, of variance v, everything is linear: f(x, t) = c_t x. Minimising the squared loss over c_t, from the
-lowest time upwards, with the exact law (or, in later stages, the student of the stage before) as teacher, gives the fixed point that
-training tends to; no network and no sampling error are in it. Printed are flow_map and axes of `fastdiff certify` for deterministic
+lowest time upwards, with the exact law (or, in later stages, the student of the stage before) as teacher, gives the fixed point
+that training tends to, without any network or sampling error. Printed are flow_map and axes of `fastdiff certify` for deterministic
 sampling, which are 0 for a student that is right.
 
 python eval/trajectory_fixed_point.py

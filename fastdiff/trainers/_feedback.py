@@ -9,7 +9,7 @@ An image whose reward reaches alpha has no gradient, and K keeps the student nea
 Gaussians around both predictions. A student whose reward still rises while K does is being led to what the reward network likes
 beyond good images: above 0.1, a tenth of the variance of latents, the monitor warns (K and its limit are this library's choices;
 the paper has the threshold alone). Nor is it the paper's that the one adapter goes on: it trains another LoRA, merged at the end,
-with a perceptual loss of instance segmentation too. L_k is in the sum, as in ``_one_step``. Hyper-SD (arXiv 2404.13686).
+with a perceptual loss of instance segmentation too. ``kept`` is in the sum, as in ``_one_step``. Hyper-SD (arXiv 2404.13686).
 """
 
 from collections.abc import Mapping

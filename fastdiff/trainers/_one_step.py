@@ -2,13 +2,13 @@
 
     x      = the student's one-step sample of z, from level 999
     x*     = what the student of the stage before, frozen, makes of the same z in ``multistep`` deterministic steps
-    L      = w_S 0.5 mean ( x - sg[x - G] )^2 + w_M mean ( x - x* )^2 + L_k             G: DMD's, of teacher and fake score
+    L      = w_S 0.5 mean ( x - sg[x - G] )^2 + w_M mean ( x - x* )^2 + kept             G: DMD's, of teacher and fake score
     fake   = denoising score matching on sg[x], as in ``dmd2``, in every iteration
 
-One step is the weak end of trajectory consistency, which serves all other ends too. L_k of the last stage stays in the sum, since
-the adapter is to keep its other numbers of steps (this library's choice; so are the weights, and whose several steps x* is made in:
-the sheet says the multistep output). In one adapter for all numbers of steps the time is 999, in the paper's adapter for one step
-alone 800. Hyper-SD (NeurIPS 2024, arXiv 2404.13686), DMD (arXiv 2311.18828).
+One step is the weak end of trajectory consistency, which serves all other ends too. ``kept`` (``_segments``) holds x0 at all times
+but 999 to that of the stage before, since the adapter is to keep its other numbers of steps: this library's choice, and so are the
+weights, and whose several steps x* is made in: the sheet says the multistep output. In one adapter for all numbers of steps the
+time is 999, in the paper's adapter for one step alone 800. Hyper-SD (arXiv 2404.13686), DMD (arXiv 2311.18828).
 """
 
 from dataclasses import dataclass

@@ -24,7 +24,9 @@ from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.process import LEVELS, DiscreteVP
 from fastdiff.diffusion.solvers import ddim_step
 from fastdiff.errors import UserError
+from fastdiff.losses import reduce, squared_error
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.roles import Roles
 from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import Schedule
 from fastdiff.trainers._latent import LatentConsistency
@@ -96,6 +98,18 @@ class TrajectoryConsistency(LatentConsistency):
     def compared(self, prediction: Prediction, end: Tensor) -> Tensor:
         """The state at the end."""
         return ddim_step(prediction, end)
+
+    def kept(self, batch: Batch, roles: Roles) -> Tensor:
+        """``mean |x0(x_t, t) - x0_previous(x_t, t)|^2`` at all times of the grid but the first of sampling: for stages that train
+        something else, and would otherwise lose what the student of the stage before, frozen, could do."""
+        _, x0, cond = self.draw_pairs(batch)
+        n = batch.draws.integers("kept", 0, max(self.original_steps - 1, 1))
+        t = batch.teacher.process.at_level(LEVELS // self.original_steps * (n + 1) - 1)
+        x_t = batch.teacher.process.add_noise(x0, batch.noise("kept_eps"), t)
+        prediction = roles.denoiser("student")(x_t, t, cond).x0
+        with torch.no_grad():
+            before = roles.denoiser("previous")(x_t, t, cond).x0
+        return reduce(squared_error(prediction, before))
 
     def sample(self, student: Denoiser, noise: Tensor, cond: Any, generators: Generators = None) -> Tensor:
         return sample_tcd(student, noise, cond, self.levels(), self.eta, generators)

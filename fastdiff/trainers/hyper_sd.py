@@ -184,10 +184,10 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
             return {FAKE_SCORE: Calls(1, 1)}
         guided, first = Calls(1 if self.guidance_scale == 1 else 2, 0), update.startswith("first")
         if update == ONE_STEP:
-            asked = {"teacher": guided, FAKE_SCORE: Calls(1, 0), "previous": Calls(1 + self.multistep, 0)}
-            return {"student": Calls(2, 2), "target": Calls(1, 0), **asked}
+            previous = Calls(1 + self.multistep, 0)
+            return {"student": Calls(2, 2), "teacher": guided, FAKE_SCORE: Calls(1, 0), "previous": previous}
         if update == FEEDBACK:
-            return {"student": Calls(self.steps + 2, 2), "target": Calls(1, 0), "previous": Calls(2, 0)}
+            return {"student": Calls(self.steps + 2, 2), "previous": Calls(2, 0)}
         taught = {"teacher": guided} if first else {"previous": Calls(1, 0)}
         found = {"student": Calls(1, 1), "target": Calls(1, 0), **taught}
         looked = Calls(1, 1)
@@ -199,6 +199,10 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
         if update == FAKE_SCORE:
             return {"fake_score": self.fake_score_term(batch, roles)}
 
+        further = {ONE_STEP: self.one_step_terms, FEEDBACK: self.feedback_terms}
+        if update in further:
+            return {"kept": self.kept(batch, roles), **further[update](batch, roles)}
+
         def teach(x_t: Tensor, t: Tensor, cond: Any) -> Prediction:
             if update.startswith("first"):
                 return roles.denoiser("teacher").guided(x_t, t, cond, batch.null, self.guidance_scale)
@@ -208,8 +212,7 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
         terms = {"consistency": self.distance_of(pair)}
         if update.endswith("gan"):
             terms["gan"] = self.generator_term(pair, batch, roles, self.gan_weight_at(batch.draws.key[2]))
-        further = {ONE_STEP: self.one_step_terms, FEEDBACK: self.feedback_terms}
-        return terms | (further[update](batch, roles) if update in further else {})
+        return terms
 
     def after(self, update: str, roles: Roles) -> None:
         if self.trains(update) == ("student",):

@@ -38,7 +38,7 @@ def test_the_terms_by_hand(tmp_path: Path) -> None:
         shake(run)
         roles, batch = run._roles, run._micro_batches(1)[0]
         terms = method.loss("feedback", batch, roles)
-        assert terms.keys() == {"consistency", "reward", "drift"}
+        assert terms.keys() == {"kept", "reward", "drift"}
         x_i, t = method._late_states(batch, roles)
         assert set(t.tolist()) <= {499, 259}  # of 999, 759, 499, 259 the later half
         after, before = (roles.denoiser(name)(x_i, t, batch.cond).x0 for name in ("student", "previous"))

@@ -21,7 +21,7 @@ from fastdiff.pipelines.lora import KOHYA, LORA
 from fastdiff.proof import laws
 from fastdiff.trainers import HyperSD
 from fastdiff.trainers._segments import sample_tcd
-from fastdiff.trainers.method import Method
+from fastdiff.trainers.method import Calls, Method
 from fastdiff.trainers.trajectory import own_generators
 
 TINY = {"pairs": 12, "pair_steps": 2, "rank": 4}
@@ -65,6 +65,14 @@ def test_stages_halve_the_segments_and_the_first_asks_the_guided_teacher() -> No
     assert [round(method.gan_weight_at(step), 4) for step in (6, 8, 9, 11, 40)] == [0.0167, 0.05, 0.0667, 0.1, 0.1]
     assert method.calls(("first_stage",))["teacher"].forward == 2
     assert method.calls(("later_stage",))["previous"].forward == 1
+
+
+def test_later_stages_can_still_ask_the_guided_teacher() -> None:
+    method = HyperSD(stage_steps=1, stage_teacher="first")
+    assert [method.updates(step)[0] for step in range(4)] == ["first_stage", "first_stage", "first_gan", "first_gan"]
+    assert method.calls(("first_stage",)) == {"student": Calls(1, 1), "target": Calls(1, 0), "teacher": Calls(2, 0)}
+    with pytest.raises(UserError, match="stage_teacher"):
+        HyperSD(stage_teacher="second")  # type: ignore[arg-type]
 
 
 def test_a_stage_begins_from_the_averaged_student_of_the_one_before_which_is_its_teacher_and_its_target(tmp_path: Path) -> None:
@@ -242,7 +250,13 @@ def test_the_one_step_terms_by_hand(tmp_path: Path) -> None:
         assert terms["multistep"].item() == pytest.approx(2 * (x - several).square().mean().item(), rel=1e-4)
         assert terms["score"].item() == pytest.approx(0.25 * gradient.square().mean().item(), rel=1e-4)
         assert (x - several).square().mean() > 1e-6
-        assert terms.keys() == {"consistency", "score", "multistep"}
+        _, x0, text = method.draw_pairs(batch)
+        t = 20 * batch.draws.integers("kept", 0, 49) + 19
+        x_t = process.add_noise(x0, batch.noise("kept_eps"), t)
+        with torch.no_grad():
+            both = [roles.denoiser(name)(x_t, t, text).x0 for name in ("student", "previous")]
+        assert terms["kept"].item() == pytest.approx((both[0] - both[1]).square().mean().item(), rel=1e-4)
+        assert terms.keys() == {"kept", "score", "multistep"}
         assert batch.memo["x"].requires_grad is False
         roles.train_only("fake_score")
         fake = method.loss("fake_score", batch, roles)["fake_score"]

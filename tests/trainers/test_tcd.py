@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, TCDScheduler
-from short_runs import shake, started, trainer
+from short_runs import program, shake, started, trainer
 from tiny import tiny_flow_teacher, tiny_teacher
 from torch import Tensor
 
@@ -146,6 +146,38 @@ def test_a_student_that_knew_its_end_could_have_no_loss(
         assert abs(method.loss("student", batch, run._roles)["consistency"].item()) < 1e-9
         exact.end = process.at_level(torch.zeros(200, dtype=torch.long))
         assert method.loss("student", batch, run._roles)["consistency"].item() > 1e-5
+
+
+class Linear(Denoiser):
+    """x0 = c_n x_t at the n-th time."""
+
+    def __init__(self, c: Tensor, process: NoiseProcess) -> None:
+        super().__init__(lambda x_t, t, cond: x_t, process, "sample")
+        self.c = c
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: object) -> Prediction:
+        return Prediction(x_t, t, self.c[((t + 1) // 25 - 1).clamp(min=0)][:, None] * x_t, self.process)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_at_the_fixed_point_worked_out_by_hand_the_loss_is_at_rest(k: int, tmp_path: Path) -> None:
+    """But for which ends were drawn; and not where neighbours are a twentieth away from it, to either side."""
+    fixed = program("trajectory_fixed_point").fixed_point(0.3, 40, k, None)
+    law = Gaussian(torch.zeros(1, dtype=torch.float64), torch.full((1, 1), 0.3, dtype=torch.float64), laws.process())
+    teacher = Teacher.from_module(TimeMLP(1), law.process, "sample", shape=(1,), law=law)
+    method = TCD(**OFF, original_steps=40, pairs=200, pair_steps=2)
+    method.segments_at = lambda step: k  # type: ignore[method-assign]
+    sizes = []
+    with started(method, tmp_path, teacher, batch_size=40_000) as run:
+        for off in (0.0, 0.05):
+            exact = torch.tensor([fixed[25 * n + 24] * (1 + off * (-1) ** n) for n in range(40)], dtype=torch.float64)
+            c = exact.requires_grad_()
+            student, own = Linear(c, law.process), run._roles.denoiser("teacher")
+            run._roles.denoiser = lambda name, own=own, student=student: own if name == "teacher" else student
+            method.loss("student", run._micro_batches(0)[0], run._roles)["consistency"].backward()
+            sizes.append(c.grad[1:].abs())
+    assert (sizes[0] < 0.2 * sizes[1]).double().mean() > 0.9
+    assert sizes[0].sum() < 0.1 * sizes[1].sum()
 
 
 def test_neither_target_nor_teacher_has_a_part_in_the_gradient(tmp_path: Path) -> None:

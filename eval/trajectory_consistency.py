@@ -20,22 +20,18 @@ from fastdiff import Trainer
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.proof import laws
 from fastdiff.proof.certify import METRICS, Drawn
-from fastdiff.trainers import LCM, TCD, HyperSD
+from fastdiff.trainers import TCD, HyperSD
 from fastdiff.trainers._segments import sample_tcd
 from fastdiff.trainers.draws import generator_for
 from fastdiff.trainers.method import Method
 
 WAYS = [(1, 0.0), (2, 0.0), (2, 0.3), (4, 0.0), (4, 0.3), (4, 1.0), (8, 0.0), (8, 0.3)]
-_SAME: dict[str, Any] = {"original_steps": 40, "pairs": 20_000, "pair_steps": 40, "pair_guidance_scale": 1.0, "lr": 1e-3}
 _TSCD: dict[str, Any] = {**HyperSD.trials["ring"].fields}
 _ONE: dict[str, Any] = {"one_step_steps": 800, "one_step_warmup": 200, "fake_score_lr": 1e-3}
 STUDENTS: dict[str, Method] = {
-    "lcm": LCM(guidance_range=(1.0, 1.0), **_SAME),
     "tcd": TCD(**TCD.trials["ring"].fields),
-    "tcd-lora": HyperSD(**{**_TSCD, "segments": (1,), "stage_steps": 3200}),
     "tscd": HyperSD(**_TSCD),
     "tscd-first": HyperSD(**_TSCD, stage_teacher="first"),
-    "tscd-gan": HyperSD(**{**_TSCD, "gan_weight": 0.1, "discriminator_lr": 1e-3}),
     "tscd-one-step": HyperSD(**_TSCD, **_ONE),
     "tscd-one-step-0.1": HyperSD(**_TSCD, **_ONE, score_weight=0.1),
 }

@@ -24,7 +24,7 @@ def renoise(x_t: Tensor, t: Tensor, u: Tensor, noise: Tensor, process: NoiseProc
     """
     scale = process.alpha(u) / process.alpha(t)
     variance = process.sigma(u).square() - (scale * process.sigma(t)).square()
-    if (variance < -1e-12 * process.sigma(u).square()).any():
+    if not variance.is_meta and (variance < -1e-12 * process.sigma(u).square()).any():
         raise ValueError(
             "renoise goes up: u is earlier than t, where no forward kernel leads. Swap them, or use solvers.ddim_step."
         )

@@ -41,8 +41,17 @@ class Clip:
     def __call__(self, images: Tensor, texts: list[str]) -> Tensor:
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts: expected one text an image.")
-        seen = _direction(self.model.encode_image(self.prepared(images)))
+        seen = self.features(images)
         return (seen * self.directions(texts).to(seen)).sum(dim=1)
+
+    @property
+    def scale(self) -> float:
+        """What cosines are multiplied with in the softmax that the model was trained by."""
+        return float(self.model.logit_scale.exp())
+
+    def features(self, images: Tensor) -> Tensor:
+        """Unit features of ``images`` [B, E]."""
+        return _direction(self.model.encode_image(self.prepared(images)))
 
     @torch.no_grad()
     def directions(self, texts: list[str]) -> Tensor:

@@ -1,9 +1,9 @@
 """Roles: the named networks of a method, and the one frozen backbone that LoRA roles share.
 
 A ``Role`` says how a network trains (``full``: a copy of the teacher's backbone, or what ``build`` makes in its place; ``lora``:
-an adapter on the teacher's own backbone; ``module``: a network of the method's making; ``average``: a copy that no loss trains
-and that follows another role, ``Roles.follow``; ``state``: a module of buffers alone, which a method remembers from step to step).
-``Roles`` builds them, runs them as denoisers and keeps the ledger.
+an adapter on the teacher's own backbone; ``module``: a network of the method's making; ``average`` and ``lora-average``: a copy
+or an adapter that no loss trains and that follows another role, ``Roles.follow``; ``state``: a module of buffers alone, which a
+method remembers from step to step). ``Roles`` builds them, runs them as denoisers and keeps the ledger.
 
 A switch of adapter changes who computes, never who trains: peft's own ``set_adapter`` moves ``requires_grad`` with the switch
 and so drops, without a word, the gradient of a graph built before it. ``train_only`` alone changes ``requires_grad``, once per
@@ -32,7 +32,7 @@ from fastdiff.models.teacher import Teacher
 class Role:
     """How one network of a method trains."""
 
-    train: Literal["full", "lora", "module", "average", "state"]
+    train: Literal["full", "lora", "module", "average", "lora-average", "state"]
     lr: float = 0.0
     optimizer: Literal["adamw", "radam"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -50,7 +50,12 @@ class Role:
     @property
     def learns(self) -> bool:
         """Whether an optimiser steps its weights."""
-        return self.train not in {"average", "state"}
+        return self.train not in {"average", "lora-average", "state"}
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it is an adapter on the teacher's own backbone."""
+        return self.train in {"lora", "lora-average"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +144,7 @@ class Roles:
         self.modules: dict[str, nn.Module] = {}
         backbone: Any = teacher.family.backbone
         start = start or Start()
-        lora = [name for name, role in specs.items() if role.train == "lora"]
+        lora = [name for name, role in specs.items() if role.adapts]
         if start.network is not None and "student" in lora:
             raise UserError(
                 "the student trains a LoRA adapter on the teacher's backbone: it cannot begin from a network of its own."
@@ -147,7 +152,7 @@ class Roles:
         for name, role in specs.items():
             if start.network is not None and (name == "student" or role.train == "average"):
                 self.modules[name] = copy.deepcopy(start.network).to(teacher.device)
-            elif role.train != "lora" and role.build is not None:
+            elif not role.adapts and role.build is not None:
                 self.modules[name] = role.build(teacher).to(teacher.device)
             elif role.train in {"full", "average"}:
                 self.modules[name] = copy.deepcopy(backbone).train(role.dropout)
@@ -163,7 +168,7 @@ class Roles:
         self.train_only()
 
     def _find_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        if self.specs[name].train == "lora":
+        if self.specs[name].adapts:
             assert self.adapters is not None
             return self.adapters.parameters(name)
         return dict(self.modules[name].named_parameters())
@@ -174,9 +179,15 @@ class Roles:
 
     @torch.no_grad()
     def follow(self, name: str, leader: str, decay: float) -> None:
-        """``average <- decay average + (1 - decay) leader`` for the weights of an ``average`` role; buffers are copied."""
+        """``average <- decay average + (1 - decay) leader`` for the weights of an average role; buffers are copied.
+
+        Of an adapter the two factors are averaged, not their product; at ``decay`` 0 it becomes its leader's. It begins with
+        factors of its own: let it follow once at 0 before anything else.
+        """
         for own, other in zip(self.parameters(name), self.parameters(leader), strict=True):
             own.lerp_(other, 1 - decay)
+        if self.specs[name].adapts:
+            return
         for kept, current in zip(self.modules[name].buffers(), self.modules[leader].buffers(), strict=True):
             kept.copy_(current)
 
@@ -188,7 +199,7 @@ class Roles:
 
     def network(self, name: str) -> Network:
         """The role as ``(x_t, t, cond) -> output``; every call counts its samples in the ledger."""
-        lora = name == "teacher" or self.specs[name].train == "lora"
+        lora = name == "teacher" or self.specs[name].adapts
         backbone = self.teacher.family.backbone if lora else self.modules[name]
         call = self.teacher.family.network(backbone)
 
@@ -222,7 +233,8 @@ class Roles:
     def features(self, name: str, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
         """What a role's bottleneck makes of x_t, for a discriminator's head; the layers after it do not run."""
         tapped = self.teacher.family.bottleneck(self.backbone(name))
-        return self.watched(name, features_at(tapped, lambda: self.denoiser(name)(x_t, t, cond)))
+        network = Denoiser(self.network(name), self.teacher.process, self.teacher.prediction_type)  # also where a law answers
+        return self.watched(name, features_at(tapped, lambda: network(x_t, t, cond)))
 
     def denoiser(self, name: str) -> Denoiser:
         """The role as a denoiser under the teacher's process and prediction type."""
@@ -252,7 +264,7 @@ class Roles:
 
     def state(self, name: str) -> dict[str, Tensor]:
         """The role's weights (buffers too) for a checkpoint."""
-        if self.specs[name].train == "lora":
+        if self.specs[name].adapts:
             return {key: value.detach() for key, value in self._parameters[name].items()}
         return self.modules[name].state_dict()
 
@@ -267,13 +279,13 @@ class Roles:
 
     def adapter(self, name: str) -> dict[str, Tensor]:
         """Copies of a LoRA role's weights, ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight``; nothing of other roles."""
-        if self.specs[name].train != "lora":
+        if not self.specs[name].adapts:
             return {}
         return {key.replace(f".{name}.", "."): value.detach().clone() for key, value in self._parameters[name].items()}
 
     def merged(self, name: str) -> nn.Module:
         """A stock network with the role's weights, its dropout off; a LoRA role is merged into a copy of the backbone."""
-        if self.specs[name].train != "lora":
+        if not self.specs[name].adapts:
             return copy.deepcopy(self.modules[name]).eval()
         network = copy.deepcopy(self.teacher.family.backbone)
         Adapters(network).take_off(merge=name)

@@ -22,7 +22,7 @@ from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.guidance_embedding import guidance_width
 from fastdiff.models.teacher import Teacher
 from fastdiff.models.tokenizers import add_slow_files
-from fastdiff.pipelines.few_step import LCM_STEPS, ddim_scheduler, lcm_scheduler, plain_lcm
+from fastdiff.pipelines.few_step import LCM_STEPS, ddim_scheduler, lcm_scheduler, rescheduled, tcd_scheduler
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
 
 TOLERANCE = 1e-5
@@ -93,6 +93,10 @@ some of these times; more are refused."""
 _LCM_GRID = """`scheduler/` is an `LCMScheduler` on the {original} times that the student was distilled at; its {steps} steps, with
 fresh noise between them, are at times {times}. Any other number up to {original} works, at times of the same grid."""
 
+_TCD = """`scheduler/` is a `TCDScheduler` on the {original} times that the student was distilled at; {steps} steps are at times
+{times}. Any other number up to {original} works, and so does any eta from 0 (deterministic) to 1 (noise wholly fresh). **Name
+both in the call**: `StableDiffusionPipeline` takes 50 steps and eta 0 unasked, whatever the scheduler's own defaults are."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -106,6 +110,8 @@ class Schedule:
     """What a student is told that was trained at many scales; None for all others, which have no such input."""
     guidance_range: tuple[float, float] | None = None
     """Those scales."""
+    eta: float | None = None
+    """Of the tcd sampler."""
 
     @property
     def call(self) -> dict[str, Any]:
@@ -113,6 +119,8 @@ class Schedule:
         steps, told = len(self.times), dict[str, Any]()
         if self.sampler == "consistency" and steps not in {1, LCM_STEPS}:
             told["num_inference_steps"] = steps
+        if self.sampler == "tcd":
+            told |= {"num_inference_steps": steps, "eta": self.eta}
         return told if self.guidance_scale is None else told | {"guidance_scale": self.guidance_scale}
 
     def parts(self, teacher: Teacher) -> tuple[type, Any]:
@@ -125,13 +133,15 @@ class Schedule:
 
         times = [int(time) for time in self.times]
         table: Tensor = teacher.process.alphas_cumprod  # type: ignore[attr-defined]
+        config = teacher.pipeline.scheduler.config
+        if self.sampler == "tcd":
+            return type(teacher.pipeline), tcd_scheduler(config, times, len(table), self.original_steps or len(times))
         if len(times) == 1:
             alpha_bar = table[times[0]].item()
             scheduler = one_step_scheduler(alpha_bar, timestep=times[0], prediction_type=teacher.prediction_type)
             return type(teacher.pipeline), scheduler
         if self.sampler == "ddim":
             return type(teacher.pipeline), ddim_scheduler(table, times, teacher.prediction_type)
-        config = teacher.pipeline.scheduler.config
         return LatentConsistencyModelPipeline, lcm_scheduler(config, times, len(table), self.original_steps)
 
     def components(self, network: Any) -> dict[str, Any]:
@@ -141,9 +151,14 @@ class Schedule:
 
     def extras(self, teacher: Teacher, pipeline: Any, folder: Path, prompt: str) -> str:
         """Write further files beside the pipeline's own and return what the card says about them."""
+        from diffusers import LCMScheduler
+
         add_slow_files(folder / "tokenizer")
+        if self.sampler == "tcd":
+            return ""
         if len(self.times) == 1:
-            plain_lcm(teacher.pipeline.scheduler.config, original_inference_steps=1).save_pretrained(folder / "scheduler_lcm")
+            plain = rescheduled(LCMScheduler, teacher.pipeline.scheduler.config, original_inference_steps=1)
+            plain.save_pretrained(folder / "scheduler_lcm")
         if type(pipeline) is not type(teacher.pipeline):
             return ""
         shutil.copyfile(Path(__file__).with_name("negative.py"), folder / NEGATIVE)  # its class has that pipeline's call
@@ -153,7 +168,7 @@ class Schedule:
         """What the model card says about it."""
         steps, times = len(self.times), ", ".join(map(str, self.times))
         few = _DDIM if self.sampler == "ddim" else (_LCM if self.original_steps is None else _LCM_GRID)
-        text = _ONE_STEP if steps == 1 else few
+        text = _TCD if self.sampler == "tcd" else (_ONE_STEP if steps == 1 else few)
         guidance = "no guidance"
         if self.guidance_range is not None:
             guidance = "guidance is an input of the network, {:g} to {:g}".format(*self.guidance_range)

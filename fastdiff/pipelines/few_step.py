@@ -2,11 +2,15 @@
 
     consistency   LatentConsistencyModelPipeline, whose default is 4 steps, with LCMScheduler on exactly the student's times
     ddim          StableDiffusionPipeline with DPMSolverMultistepScheduler of order 1, which is DDIM
+    tcd           StableDiffusionPipeline with TCDScheduler, which has to be called with its steps and its eta
 
 ``StableDiffusionPipeline`` asks for 50 steps, and its folder cannot say otherwise. The DPM scheduler drops every time above a clip
 of its log-SNR: told of 50 / K times more training times than there are, trailing spacing keeps exactly the K that the student was
 trained at. The table of betas is the teacher's own up to the largest of them. Asking such a folder for another number of steps
 gives another number of times.
+
+No bare call makes TCD's steps: ``TCDScheduler`` has no eta in its config and 0.3 in its step, for which StableDiffusionPipeline
+puts its own default of 0, and LatentConsistencyModelPipeline None, at which that scheduler fails.
 """
 
 import inspect
@@ -22,6 +26,7 @@ from fastdiff.models.families import FAMILIES
 
 BARE_STEPS = 50
 """What StableDiffusionPipeline takes without being asked."""
+_PLAIN = {"clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False}
 LCM_STEPS = 4
 """What LatentConsistencyModelPipeline takes."""
 
@@ -55,21 +60,35 @@ def lcm_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, o
     Raises:
         ValueError: times are not ``solvers.lcm_times(K, original_steps)``; without a grid, ``T - 1 - k T / K``.
     """
+    from diffusers import LCMScheduler
+
     given = {"original_inference_steps": original_steps or len(times), "num_train_timesteps": num_train_timesteps}
-    scheduler = plain_lcm(config, **given, clip_sample=False, thresholding=False, rescale_betas_zero_snr=False)
+    scheduler = rescheduled(LCMScheduler, config, **given, **_PLAIN)
     scheduler.set_timesteps(len(times))
     return checked(scheduler, times)
 
 
-def plain_lcm(config: Any, **options: Any) -> Any:
-    """``LCMScheduler`` with leading spacing under the schedule of another scheduler's config.
+def rescheduled(kind: Any, config: Any, **options: Any) -> Any:
+    """A scheduler of class ``kind`` with leading spacing under the schedule of another scheduler's config.
 
-    Not by ``from_config``: it leaves out every value that was a default where it comes from, and LCM's own defaults are others.
+    Not by ``from_config``: it leaves out every value that was a default where it comes from, and ``kind`` has others.
     """
-    from diffusers import LCMScheduler
+    names = inspect.signature(kind.__init__).parameters
+    return kind(**{**{key: value for key, value in config.items() if key in names}, "timestep_spacing": "leading", **options})
 
-    names = inspect.signature(LCMScheduler.__init__).parameters
-    return LCMScheduler(**{**{k: v for k, v in config.items() if k in names}, "timestep_spacing": "leading", **options})
+
+def tcd_scheduler(config: Any, times: Sequence[int], num_train_timesteps: int, original_steps: int) -> Any:
+    """``TCDScheduler`` on a grid of ``original_steps`` times, whose ``len(times)`` steps are ``times``; it ends at row 0.
+
+    Raises:
+        ValueError: times are not ``solvers.lcm_times(K, original_steps)``.
+    """
+    from diffusers import TCDScheduler
+
+    given = {"original_inference_steps": original_steps, "num_train_timesteps": num_train_timesteps}
+    scheduler = rescheduled(TCDScheduler, config, **given, **_PLAIN)
+    scheduler.set_timesteps(len(times))
+    return checked(scheduler, times)
 
 
 def ddim_scheduler(alphas_cumprod: Tensor, times: Sequence[int], prediction_type: str, *, asked: int = BARE_STEPS) -> Any:

@@ -25,20 +25,27 @@ CARD = """
 The adapter alone, for the teacher's own pipeline or another fine-tuned one of its kind: `{lora}`, and `{kohya}` in kohya-ss names.
 
 ```python
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import {scheduler}, StableDiffusionPipeline
 pipeline = StableDiffusionPipeline.from_pretrained("path/to/the/teacher")
 pipeline.load_lora_weights("path/to/this/folder", weight_name="{lora}")
-pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-pipeline("{prompt}", num_inference_steps={steps}, guidance_scale=1.0).images[0]
+pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config)
+pipeline("{prompt}", {call}guidance_scale=1.0).images[0]
 ```
 """
+
+
+def export_adapter(pipeline: Any, adapter: Mapping[str, Tensor], folder: Path, *, scheduler: str, call: str, prompt: str) -> None:
+    """``export_lora``, and what the folder's card says of it: the scheduler to put in and the arguments of the call."""
+    export_lora(pipeline, adapter, folder)
+    with (folder / "README.md").open("a", encoding="utf-8") as card:
+        card.write(CARD.format(lora=LORA, kohya=KOHYA, prompt=prompt, scheduler=scheduler, call=call))
 
 
 def export_lora(pipeline: Any, adapter: Mapping[str, Tensor], folder: Path) -> None:
     """Write both files.
 
     Args:
-        pipeline: the teacher's, which names the network that the layers are of.
+        pipeline: the teacher's, which names the network that the layers are of: a UNet or a transformer.
         adapter: ``Roles.adapter`` of a role whose alpha is its rank.
 
     Raises:
@@ -46,7 +53,8 @@ def export_lora(pipeline: Any, adapter: Mapping[str, Tensor], folder: Path) -> N
     """
     from diffusers.utils import convert_state_dict_to_kohya
 
-    named = {f"{pipeline.unet_name}.{key}": value.cpu().contiguous() for key, value in adapter.items()}
+    network = getattr(pipeline, "unet_name", None) or pipeline.transformer_name
+    named = {f"{network}.{key}": value.cpu().contiguous() for key, value in adapter.items()}
     kohya = {key: value.contiguous() for key, value in convert_state_dict_to_kohya(named).items()}
     try:
         for name, tensors in ((LORA, named), (KOHYA, kohya)):

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.dmd import DMD
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.f_distill import FDistill
+    from fastdiff.trainers.hyper_sd import HyperSD
     from fastdiff.trainers.lcm import LCM
     from fastdiff.trainers.lcm_lora import LCMLoRA
     from fastdiff.trainers.meanflow import MeanFlow
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.snoopi import SNOOPI
     from fastdiff.trainers.swiftbrush import SwiftBrush
     from fastdiff.trainers.swiftbrush_v2 import SwiftBrushV2
+    from fastdiff.trainers.tcd import TCD
     from fastdiff.trainers.tdm import TDM
     from fastdiff.trainers.teacher_score_matching import TeacherScoreMatching
 
@@ -33,10 +35,12 @@ __all__ = [
     "PCM",
     "SCM",
     "SNOOPI",
+    "TCD",
     "TDM",
     "Consistency",
     "DiffInstruct",
     "FDistill",
+    "HyperSD",
     "LCMLoRA",
     "MeanFlow",
     "ODEPairs",
@@ -55,6 +59,7 @@ _HOMES = {
     "DMD2": "dmd2",
     "DiffInstruct": "diff_instruct",
     "FDistill": "f_distill",
+    "HyperSD": "hyper_sd",
     "LCM": "lcm",
     "LCMLoRA": "lcm_lora",
     "MeanFlow": "meanflow",
@@ -68,6 +73,7 @@ _HOMES = {
     "SiD": "sid",
     "SwiftBrush": "swiftbrush",
     "SwiftBrushV2": "swiftbrush_v2",
+    "TCD": "tcd",
     "TDM": "tdm",
     "TeacherScoreMatching": "teacher_score_matching",
 }

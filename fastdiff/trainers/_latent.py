@@ -32,6 +32,16 @@ from fastdiff.trainers.method import Batch
 from fastdiff.trainers.trajectory import Sampler
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What a loss compares: of the student, with its graph, and of the target, without one; at which times; and the condition."""
+
+    prediction: Tensor
+    aim: Tensor
+    end: Tensor
+    cond: Any
+
+
 @dataclass(kw_only=True)
 class LatentConsistency(StoredPairs):
     """A student whose x0 is the same along each of the teacher's guided trajectories."""
@@ -85,24 +95,50 @@ class LatentConsistency(StoredPairs):
         self, batch: Batch, roles: Roles, scale: Scale, *, target: str, told: Callable[[Any], Any] = lambda cond: cond
     ) -> dict[str, Tensor]:
         """The loss; ``target`` is the role of f-, and ``told`` makes of a condition what student and target are given."""
+
+        def teach(x_t: Tensor, t: Tensor, cond: Any) -> Prediction:
+            return roles.denoiser("teacher").guided(x_t, t, cond, batch.null, scale)
+
+        return {"consistency": self.distance_of(self.pair(batch, roles, teach, target=target, told=told))}
+
+    def pair(
+        self,
+        batch: Batch,
+        roles: Roles,
+        teach: Callable[[Tensor, Tensor, Any], Prediction],
+        *,
+        target: str,
+        told: Callable[[Any], Any] = lambda cond: cond,
+    ) -> "Compared":
+        """What the student and its target say of two points of a trajectory, the second of them by a step of ``teach``."""
         _, x0, cond = self.draw_pairs(batch)
-        levels = self.neighbours(batch.draws.integers("n", 0, self.original_steps))
-        t, u, end = (batch.teacher.process.at_level(level) for level in levels)
+        level, lower, edge = self.neighbours(batch.draws.integers("n", 0, self.original_steps))
+        t, u = (batch.teacher.process.at_level(levels) for levels in (level, lower))
+        end = self.end(batch, lower, edge)
         x_t = batch.teacher.process.add_noise(x0, batch.noise("eps"), t)
         prediction = self.compared(roles.denoiser("student")(x_t, t, told(cond)), end)
         with torch.no_grad():
-            x_u = ddim_step(roles.denoiser("teacher").guided(x_t, t, cond, batch.null, scale), u)
+            x_u = ddim_step(teach(x_t, t, cond), u)
             aim = self.compared(roles.denoiser(target)(x_u, u, told(cond)), end)
-            aim = torch.where(expand(levels[1] == levels[2], aim).bool(), x_u.to(aim.dtype), aim)
+            aim = torch.where(expand(u == end, aim).bool(), x_u.to(aim.dtype), aim)
+        return Compared(prediction, aim, end, cond)
+
+    def distance_of(self, pair: "Compared") -> Tensor:
+        """The mean distance, a scalar."""
         if self.distance == "squared":
-            return {"consistency": reduce(consistency(prediction, aim))}
-        return {"consistency": reduce(latent_consistency(prediction, aim, c=self.huber_c))}
+            return reduce(consistency(pair.prediction, pair.aim))
+        return reduce(latent_consistency(pair.prediction, pair.aim, c=self.huber_c))
 
     def neighbours(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Levels t_n and u [B] of the module docstring, and the level where the boundary is."""
         skip = LEVELS // self.original_steps
         level = skip * (n + 1) - 1
         return level, (level - skip).clamp(min=0), torch.zeros_like(level)
+
+    def end(self, batch: Batch, lower: Tensor, edge: Tensor) -> Tensor:
+        """Times [B] at which both are compared, given the levels u and that of the boundary: the boundary's."""
+        del lower
+        return batch.teacher.process.at_level(edge)
 
     def compared(self, prediction: Prediction, end: Tensor) -> Tensor:
         """What is the same along a trajectory, given the times of the boundary: x0."""

@@ -5,6 +5,7 @@
     channel_drift       largest shift of a channel's mean, in the teacher's deviations               above 1.5
     saturation          share of decoded values at 0 or 1, above the teacher's share                 above 0.3
     discriminator_loss  softplus(-real) + softplus(fake), 2 log 2 where it cannot tell               below 0.1
+    drift               mean squared change of the student's x0 by feedback learning (``_feedback``)  above 0.1
     skipped             share of updates without a finite gradient                                   above 0.05
 
 A fake score that was trained on the student's samples knows them better than the teacher does; where it does not, the difference
@@ -31,6 +32,7 @@ _ADVICE = {
     "fake_score_lag": (1.2, "the fake score lags behind the student: give it more updates, or a larger fake_score_lr."),
     "channel_drift": (1.5, "a channel drifts to one colour: lower the student's learning rate or the guidance scale."),
     "saturation": (0.3, "pictures saturate: lower the guidance scale."),
+    "drift": (0.1, "rewards lead the student away from what it was: lower reward_weight, or raise drift_weight."),
     "skipped": (0.05, "updates have no finite gradient: lower the learning rates, or leave mixed precision."),
 }
 _LEAST = {

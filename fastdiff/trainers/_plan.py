@@ -39,7 +39,7 @@ class RolePlan:
     """One network. Bytes are those of one process that shards nothing; a LoRA role's are the adapter's alone."""
 
     train: str
-    """full, lora, module, average, state, or frozen for the teacher."""
+    """full, lora, module, average, lora-average, state, or frozen for the teacher."""
     parameters: int
     """Of the network that computes, for a LoRA role the shared backbone included."""
     trainable: int
@@ -242,8 +242,9 @@ def _roles(roles: Roles, config: Config, gpus: int, sharding: Sharding) -> dict[
         spec = roles.specs.get(name)
         trained = roles.parameters(name) if spec is not None and spec.learns else []
         kept: list[Tensor] = [*trained]
-        if spec is not None and spec.train == "lora":
-            parameters = shared + sum(p.numel() for p in trained)
+        if spec is not None and spec.adapts:
+            kept = list(roles.parameters(name))
+            parameters = shared + sum(p.numel() for p in kept)
         else:
             network = roles.backbone(name)
             kept = [*(own if spec is None else list(network.parameters())), *network.buffers()]

@@ -119,10 +119,13 @@ class LCM(LatentConsistency):
         roles.follow("target", "student", self.decay)
 
     def sample(self, student: Denoiser, noise: Tensor, cond: Any, generators: Generators = None) -> Tensor:
-        if self.embeds:
-            scale = torch.full((len(noise),), self.sample_scale, dtype=torch.float64, device=noise.device)
-            cond = with_guidance(cond, scale)
-        return super().sample(student, noise, cond, generators)
+        return super().sample(student, noise, self.told(cond, noise), generators)
+
+    def told(self, cond: Any, noise: Tensor) -> Any:
+        """The condition of samples from ``noise``, with the scale that they are made at, if the student is told one."""
+        if not self.embeds:
+            return cond
+        return with_guidance(cond, torch.full((len(noise),), self.sample_scale, dtype=torch.float64, device=noise.device))
 
     def teacher_guidance(self) -> float:
         return self.sample_scale

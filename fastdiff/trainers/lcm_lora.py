@@ -13,13 +13,13 @@ the student is not told, and so learns a mean of.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from fastdiff.errors import UserError
 from fastdiff.models.roles import Role, Roles
-from fastdiff.pipelines.lora import CARD, KOHYA, LORA, export_lora
+from fastdiff.pipelines.lora import export_adapter
 from fastdiff.trainers._latent import LatentConsistency
 from fastdiff.trainers.method import Batch, Calls, Delivered, Finished, Paper, Trial
 
@@ -70,9 +70,7 @@ class LCMLoRA(LatentConsistency):
         return "lcm-lora"
 
     def roles(self) -> dict[str, Role]:
-        layers = (*_ATTENTION, *_OTHERS, *_SAMPLERS)
-        alpha = float(self.rank)
-        return {"student": Role(train="lora", lr=self.lr, weight_decay=0.01, rank=self.rank, lora_alpha=alpha, lora_targets=layers)}
+        return {"student": adapter_role(self.rank, self.lr)}
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
         return {"student": Calls(2, 1), "teacher": Calls(1 if self.guidance_scale == 1 else 2, 0)}
@@ -84,7 +82,13 @@ class LCMLoRA(LatentConsistency):
         """The merged pipeline, and the adapter beside it."""
         delivered = super().deliver(finished)
         if finished.teacher.pipeline is not None:
-            export_lora(finished.teacher.pipeline, finished.adapter, finished.folder)
-            with (finished.folder / "README.md").open("a", encoding="utf-8") as card:
-                card.write(CARD.format(lora=LORA, kohya=KOHYA, prompt=finished.prompts[0], steps=self.steps))
+            told = {"scheduler": "LCMScheduler", "call": f"num_inference_steps={self.steps}, ", "prompt": finished.prompts[0]}
+            export_adapter(finished.teacher.pipeline, finished.adapter, finished.folder, **told)
         return delivered
+
+
+def adapter_role(rank: int, lr: float = 0.0, *, follows: bool = False) -> Role:
+    """An adapter of the sheet's layers with alpha equal to its rank: the student's, or one that follows it."""
+    train: Literal["lora", "lora-average"] = "lora-average" if follows else "lora"
+    layers = (*_ATTENTION, *_OTHERS, *_SAMPLERS)
+    return Role(train=train, lr=lr, weight_decay=0.01, rank=rank, lora_alpha=float(rank), lora_targets=layers)

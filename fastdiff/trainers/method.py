@@ -110,11 +110,13 @@ class Batch:
 
     def times(self, name: str, low: int | Tensor, high: int | Tensor) -> Tensor:
         """Times of levels uniform on low..high inclusive, one per sample; the ends are levels 0..999, or one a sample, [B]."""
+        return self.teacher.process.at_level(self.levels(name, low, high))
+
+    def levels(self, name: str, low: int | Tensor, high: int | Tensor) -> Tensor:
+        """The levels [B] of ``times``: the same whenever they are asked for in one iteration."""
         if isinstance(low, Tensor) or isinstance(high, Tensor):
-            level = (low + self.draws.uniform(name) * (high + 1 - low)).floor()
-        else:
-            level = self.draws.integers(name, low, high + 1)
-        return self.teacher.process.at_level(level)
+            return (low + self.draws.uniform(name) * (high + 1 - low)).floor()
+        return self.draws.integers(name, low, high + 1)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fastdiff.diffusion.prediction import Prediction
@@ -24,6 +23,7 @@ from fastdiff.diffusion.process import LEVELS
 from fastdiff.diffusion.solvers import ddim_step
 from fastdiff.errors import UserError
 from fastdiff.models.teacher import Teacher
+from fastdiff.trainers._segments import segment_around, segment_edges
 from fastdiff.trainers.lcm import LCM
 from fastdiff.trainers.method import Paper, Trial
 from fastdiff.trainers.trajectory import Sampler
@@ -68,13 +68,11 @@ class PCM(LCM):
 
     def edges(self) -> list[int]:
         """e_0 .. e_M of the module docstring."""
-        return [j * self.original_steps // self.steps for j in range(self.steps + 1)]
+        return segment_edges(self.original_steps, self.steps)
 
     def neighbours(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         level, lower, _ = super().neighbours(n)
-        edges = torch.tensor(self.edges()[:-1], device=n.device)
-        edge = edges[torch.searchsorted(edges, n, right=True) - 1]
-        return level, lower, (LEVELS // self.original_steps * edge - 1).clamp(min=0)
+        return level, lower, segment_around(n, self.original_steps, self.steps)[0]
 
     def compared(self, prediction: Prediction, end: Tensor) -> Tensor:
         """The state at the edge."""

@@ -3,6 +3,7 @@
     x_T = scale z         x0_i = student(x_{t_i}, t_i)          t_0 > t_1 > .. : the student's levels
     ddim          x_{i+1} = a x0_i + s eps_i                    eps_i the student's own, TDM
     consistency   x_{i+1} = a x0_i + s noise                    fresh noise, LCM and DMD2
+    tcd           ddim to (1 - eta) t_{i+1}, and with fresh noise back to t_{i+1}; eta = 0 is ddim and draws none
 
 One-step students are the case of one level. The exported pipeline makes the same steps with a stock scheduler.
 """
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.prediction import Prediction
-from fastdiff.diffusion.renoising import consistency_step
+from fastdiff.diffusion.renoising import consistency_step, tcd_step
 from fastdiff.diffusion.solvers import ddim_step
 from fastdiff.models.denoiser import Denoiser
 
-Sampler = Literal["ddim", "consistency"]
+Sampler = Literal["ddim", "consistency", "tcd"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -29,24 +30,29 @@ def trajectory(
     levels: Sequence[int],
     sampler: Sampler,
     generators: Generators | Callable[[int], Tensor] = None,
+    *,
+    eta: float = 0.0,
 ) -> list[Prediction]:
     """The student's predictions at ``levels`` [K] of 0..999, from unit noise [B, ...]; the last one's x0 is the sample.
 
     Args:
-        generators: for the consistency sampler's fresh noise: a generator, one a sample, or ``step -> noise`` like ``noise``.
+        generators: for fresh noise: a generator, one a sample, or ``step -> noise`` like ``noise``.
+        eta: of the tcd sampler, from 0 to 1.
 
     Raises:
         ValueError: fresh noise is needed and nothing gives any.
     """
     process, found = student.process, list[Prediction]()
     x = process.initial_scale * noise
+    deterministic = sampler == "ddim" or (sampler == "tcd" and eta == 0)
     for i, level in enumerate(levels):
-        if i > 0 and sampler == "ddim":
-            x = ddim_step(found[-1], _time(process, level, len(noise), noise.device))
+        t = _time(process, level, len(noise), noise.device)
+        if i > 0 and deterministic:
+            x = ddim_step(found[-1], t)
         elif i > 0:
             fresh = generators(i) if callable(generators) else fresh_noise(noise, generators)
-            x = consistency_step(found[-1], _time(process, level, len(noise), noise.device), fresh)
-        found.append(student(x, _time(process, level, len(noise), noise.device), cond))
+            x = tcd_step(found[-1], t, fresh, eta) if sampler == "tcd" else consistency_step(found[-1], t, fresh)
+        found.append(student(x, t, cond))
     return found
 
 
@@ -57,7 +63,7 @@ def own_generators(n: int) -> list[torch.Generator]:
 
 def own_noise(like: Tensor) -> Tensor:
     """The first noise that a pipeline draws from ``own_generators`` where its call takes none, like ``like`` [B, ...]."""
-    return _draw(like, own_generators(len(like)))
+    return fresh_noise(like, own_generators(len(like)))
 
 
 def _time(process: Any, level: int, n: int, device: torch.device) -> Tensor:

@@ -412,6 +412,25 @@ def test_an_average_follows_its_leader_and_nothing_trains_it(teacher: Teacher) -
     assert torch.equal(roles.denoiser("target")(*batch).x0, roles.denoiser("student")(*batch).x0)
 
 
+def test_an_adapter_that_follows_another_has_its_factors_averaged_and_is_trained_by_nothing(teacher: Teacher) -> None:
+    lora = {"rank": 2, "lora_alpha": 2.0}
+    roles = Roles(teacher, {"student": Role(train="lora", lr=1e-3, **lora), "target": Role(train="lora-average", **lora)})
+    assert [(role.learns, role.adapts) for role in roles.specs.values()] == [(True, True), (False, True)]
+    shake(roles, "student", 1)
+    roles.follow("target", "student", 0.0)
+    batch = inputs(teacher)
+    assert torch.equal(roles.denoiser("target")(*batch).x0, roles.denoiser("student")(*batch).x0)
+    assert not torch.equal(roles.denoiser("target")(*batch).x0, roles.denoiser("teacher")(*batch).x0)
+    start = [p.clone() for p in roles.parameters("target")]
+    shake(roles, "student", 2)
+    roles.follow("target", "student", 0.75)
+    for old, ahead, now in zip(start, roles.parameters("student"), roles.parameters("target"), strict=True):
+        assert torch.allclose(now, 0.75 * old + 0.25 * ahead, atol=1e-7)
+    roles.train_only("student")
+    assert not any(p.requires_grad for p in roles.parameters("target"))
+    roles.close()
+
+
 def test_an_average_of_a_student_with_a_network_of_its_own_is_of_that_network(teacher: Teacher) -> None:
     """A copy of the teacher in its place has other weights, and could not follow."""
     smaller = nn.Linear(3, 2)

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from fastdiff.trainers.lcm_lora import LCMLoRA
     from fastdiff.trainers.ode_pairs import ODEPairs
     from fastdiff.trainers.pcm import PCM
+    from fastdiff.trainers.perflow import PeRFlow
     from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
+    from fastdiff.trainers.reflow import Reflow
     from fastdiff.trainers.scm import SCM
     from fastdiff.trainers.sid import SiD
     from fastdiff.trainers.snoopi import SNOOPI
@@ -35,8 +37,10 @@ __all__ = [
     "FDistill",
     "LCMLoRA",
     "ODEPairs",
+    "PeRFlow",
     "ProgressiveDistillation",
     "ProlificDreamer",
+    "Reflow",
     "SiD",
     "SwiftBrush",
     "SwiftBrushV2",
@@ -52,8 +56,10 @@ _HOMES = {
     "LCMLoRA": "lcm_lora",
     "ODEPairs": "ode_pairs",
     "PCM": "pcm",
+    "PeRFlow": "perflow",
     "ProgressiveDistillation": "progressive",
     "ProlificDreamer": "prolific_dreamer",
+    "Reflow": "reflow",
     "SCM": "scm",
     "SNOOPI": "snoopi",
     "SiD": "sid",

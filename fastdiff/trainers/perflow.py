@@ -1,0 +1,144 @@
+"""PeRFlow: reflow inside each of K windows of the trajectory, on pairs that the teacher makes as they are needed.
+
+    window     from a time t_k of the student's, where x_k = a_k x0 + s_k eps, down to the next, t_{k+1}; the last one to the end
+    teacher    ``window_steps`` guided DDIM steps from x_k to x_{k+1}
+    line       the x0~, eps~ with  a x0~ + s eps~ = x  at both ends;      x_t = a_t x0~ + s_t eps~ in between
+    L          E | u_student(x_t, t) - (eps~ - x0~) |^2,      t uniform in the window's flow time sigma / (alpha + sigma)
+
+The student is straight within windows and free to turn between them: easier than ``reflow`` (K = 1, stored pairs), and no path is
+followed from noise to data. With one teacher step x0~ is the teacher's own x0 at x_k. x0 are stored results of the teacher
+(``StoredPairs``), where the paper takes images; so the first window starts at a_T x0 + s_T eps, as the teacher's training did, and
+sampling at noise alone. The student makes ``window_calls`` DDIM steps in each window, and stock schedulers do the same.
+``diffusion.straight`` says why lines of DDIM are straight lines of flow time; the window's edges are met exactly.
+Yan et al., PeRFlow: Piecewise Rectified Flow (NeurIPS 2024, arXiv 2405.07510); recalled, as on the sheet.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion.prediction import Prediction
+from fastdiff.diffusion.process import LEVELS, expand
+from fastdiff.diffusion.solvers import ddim_step, ddim_target, trailing_times
+from fastdiff.diffusion.straight import flow_time, flow_weight, uniform_in_flow_time
+from fastdiff.errors import UserError
+from fastdiff.losses import reduce, squared_error
+from fastdiff.models.roles import Role, Roles
+from fastdiff.trainers._regression import StoredPairs
+from fastdiff.trainers.method import Batch, Calls, Paper, Trial
+
+_TRIAL = {
+    "pairs": 20_000,
+    "pair_steps": 32,
+    "pair_guidance_scale": 1.0,
+    "guidance_scale": 1.0,
+    "window_steps": 8,
+    "lr": 2e-3,
+}
+
+
+@dataclass(kw_only=True)
+class PeRFlow(StoredPairs):
+    """Few-step student whose paths are straight within each of a few windows; the teacher is asked as it trains."""
+
+    info: ClassVar[Paper] = Paper(
+        title="PeRFlow: Piecewise Rectified Flow as Universal Plug-and-Play Accelerator",
+        venue="NeurIPS",
+        year=2024,
+        arxiv="2405.07510",
+        sheet="few_step_diffusion.md: KD on ODE pairs and Reflow/InstaFlow (Piecewise)",
+    )
+
+    trials: ClassVar[Mapping[str, Trial]] = {
+        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "sliced_w2": 1.0, "mode_mass": 1.0, "stray": 1.0}, max_steps=3000),
+        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "w2": 1.0, "axes": 1.0}, max_steps=3000),
+        "ring-flow": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "sliced_w2": 1.0, "stray": 1.0}, max_steps=3000),
+    }
+
+    windows: int = 4
+    """K, the parts of the trajectory, of equally many levels."""
+    window_steps: int = 4
+    """Teacher steps that cross a window."""
+    window_calls: int = 1
+    """Network calls of the student in a window, when it samples."""
+    guidance_scale: float = 3.0
+    """Guidance of the teacher's steps, which the student then has in itself; 1 is off."""
+    lr: float = 1e-4
+    """Student learning rate."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("windows", "window_steps", "window_calls"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        for name in ("window_steps", "window_calls"):
+            if self.windows * getattr(self, name) > LEVELS // 2:
+                raise UserError(f"{self.windows} windows of {getattr(self, name)} ({name}): at most {LEVELS // 2} in all.")
+        if not set(self.edges()) <= set(self.levels()):
+            raise UserError(
+                f"windows is {self.windows} and window_calls {self.window_calls}: steps at levels {self.levels()} pass the edges "
+                f"{self.edges()} of the windows, where paths turn. Choose numbers whose product divides {LEVELS}."
+            )
+        if not self.lr > 0:
+            raise UserError(f"lr is {self.lr}: it must be above 0.")
+
+    @classmethod
+    def name(cls) -> str:
+        return "perflow"
+
+    def roles(self) -> dict[str, Role]:
+        return {"student": Role(train="full", lr=self.lr)}
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        return ("student",)
+
+    def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
+        guided = 1 if self.guidance_scale == 1 else 2
+        return {"student": Calls(1, 1), "teacher": Calls(self.window_steps * guided, 0)}
+
+    def edges(self) -> list[int]:
+        """The levels at which windows begin, falling."""
+        return trailing_times(LEVELS, self.windows)
+
+    def levels(self) -> list[int]:
+        return trailing_times(LEVELS, self.windows * self.window_calls)
+
+    def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
+        process, (_, x0, cond) = roles.teacher.process, self.draw_pairs(batch, own=True)
+        window = batch.draws.integers("window", 0, self.windows).to(x0.device)
+        t, start = self.times_in(window, batch), process.at_level(self.ends(window)[0])
+        line = self.line(process.add_noise(x0, batch.noise("eps"), start), window, cond, batch, roles)
+        student = roles.denoiser("student")(ddim_step(line, t), t, cond)
+        weight = expand(flow_weight(process, t), x0)
+        return {"perflow": reduce(squared_error(student.x0, line.x0), weight=weight)}
+
+    def ends(self, window: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels between which windows 0 .. K-1 [B] are; the last one ends at the data, and says level 0."""
+        edges = torch.tensor([*self.edges(), 0], device=window.device)
+        return edges[window], edges[window + 1]
+
+    def times_in(self, window: Tensor, batch: Batch) -> Tensor:
+        """Times of the windows, t_k included and t_{k+1} not, which is the next window's."""
+        process, last = batch.teacher.process, window == self.windows - 1
+        high, low = (process.at_level(level) for level in self.ends(window))
+        end = torch.where(last, 0.0, flow_time(process, low).to(window.device))
+        t = uniform_in_flow_time(process, batch.draws.uniform("t").to(window.device), end, flow_time(process, high))
+        nearest = low if t.is_floating_point() else low + (~last).to(low)  # a row near the edge may be the edge's own
+        return torch.maximum(t, nearest)
+
+    @torch.no_grad()
+    def line(self, x: Tensor, window: Tensor, cond: Any, batch: Batch, roles: Roles) -> Prediction:
+        """x0~ at the start of the windows, by the teacher's steps from their states x [B, ...] there."""
+        process, teacher = roles.teacher.process, roles.denoiser("teacher")
+        first, end = self.ends(window)
+        times = [process.at_level(first - (first - end) * i // self.window_steps) for i in range(self.window_steps + 1)]
+        state = x
+        for t, u in zip(times[:-1], times[1:], strict=True):
+            prediction = teacher.guided(state, t, cond, batch.null, self.guidance_scale)
+            state = ddim_step(prediction, u)
+        x0 = ddim_target(x, times[0], state, times[-1], process)
+        last = expand(window == self.windows - 1, x).bool()
+        return Prediction(x, times[0], torch.where(last, prediction.x0, x0), process)

@@ -26,8 +26,8 @@ from fastdiff.trainers.trajectory import trajectory
 
 PAIRS = {"pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
-    "three-stages": Reflow(rounds=2, distill=True, round_steps=1, repeat_steps=2, steps=2, **PAIRS),
-    "one-round": Reflow(lr=1e-3, **PAIRS),
+    "two-steps": Reflow(steps=2, lr=1e-3, **PAIRS),
+    "three-stages": Reflow(rounds=2, distill=True, round_steps=1, repeat_steps=2, **PAIRS),
 }
 PROCESSES = {"vp": laws.process(), "edm": EDM(), "flow": RectifiedFlow(), "trigflow": TrigFlow()}
 each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())

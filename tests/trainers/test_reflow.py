@@ -1,24 +1,30 @@
 """Reflow: exact on affine couplings, its loss by hand, its stages, and the straightness that it brings."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from short_runs import shake, started
-from tiny import tiny_teacher
+from tiny import tiny_flow_teacher, tiny_teacher
 from torch import Tensor
 
 from fastdiff import Trainer
 from fastdiff.data.pairs import Pairs
+from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.gaussian import Gaussian
+from fastdiff.diffusion.matching import SNRMatched
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.process import EDM, LEVELS, NoiseProcess, RectifiedFlow, TrigFlow, expand
 from fastdiff.diffusion.solvers import ddim_sample, trailing_times
-from fastdiff.diffusion.straight import straightness
+from fastdiff.diffusion.straight import flow_time, flow_velocity, straightness
 from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Denoiser
+from fastdiff.models.law import LawDenoiser
 from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.teacher import Teacher
+from fastdiff.pipelines.few_step import ddim_scheduler
+from fastdiff.pipelines.one_step import one_step_scheduler
 from fastdiff.proof import laws
 from fastdiff.trainers import Reflow
 from fastdiff.trainers.method import Method
@@ -125,6 +131,55 @@ def test_the_distillation_is_the_distance_of_samples_at_the_student_s_own_times(
         assert got.item() == pytest.approx(((1 + r) / r).square().item() * (sample - x0).square().mean().item(), rel=1e-4)
         drawn = Reflow(steps=4)._own_times(run._micro_batches(0)[0], process)
         assert set(drawn.tolist()) <= {999, 749, 499, 249}
+
+
+# --- how it samples
+
+
+def stepped(scheduler: Any, denoise: Any, x: Tensor) -> Tensor:
+    """The loop of a pipeline, with a closed form for the network; ``denoise(x, time)`` gives what the network would."""
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoise(x, t), t, x, return_dict=False)[0]
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_stock_vp_scheduler_and_the_stock_flow_scheduler_make_the_same_samples(steps: int) -> None:
+    """DDIM under the VP table is Euler under the flow, from the state at the flow's scale, at times of equal sigma / alpha."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    process, flow = laws.process(), RectifiedFlow()
+    ring = GaussianMixture.ring(process)
+    levels = Reflow(steps=steps).levels()
+    noise = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if steps == 1:
+        vp = one_step_scheduler(process.alphas_cumprod[999].item(), timestep=999, prediction_type="epsilon")
+        vp.set_timesteps(1)
+    else:
+        vp = ddim_scheduler(process.alphas_cumprod, levels, "epsilon")
+    assert vp.timesteps.tolist() == levels
+    by_vp = stepped(vp, lambda x, t: ring(x, t.expand(64)).eps, noise)
+    times = flow_time(process, torch.tensor(levels))
+    euler = FlowMatchEulerDiscreteScheduler()
+    euler.set_timesteps(sigmas=times.tolist())
+    scale = process.alpha(torch.tensor(999)) + process.sigma(torch.tensor(999))
+    matched = SNRMatched(ring, flow)
+    by_flow = stepped(euler, lambda x, t: flow_velocity(matched(x, (t.double() / 1000).expand(64))), noise / scale)
+    assert (by_vp - by_flow).abs().max() < 1e-4
+    with torch.no_grad():
+        assert (Reflow(steps=steps).sample(LawDenoiser(ring), noise, None) - by_vp).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("teacher", "kind"),
+    [(tiny_teacher, "DPMSolverMultistepScheduler"), (tiny_flow_teacher, "FlowMatchEulerDiscreteScheduler")],
+    ids=["sd", "sana"],
+)
+def test_a_student_is_exported_with_the_teacher_s_own_pipeline_and_a_stock_scheduler(teacher: Any, kind: str) -> None:
+    given = teacher()
+    pipeline, scheduler = Reflow(steps=4).schedule(given).parts(given)
+    assert pipeline is type(given.pipeline)
+    assert type(scheduler).__name__ == kind
 
 
 # --- stages

@@ -93,7 +93,7 @@ class Consistency(TruncatedConsistency):
             law="ring",
         ),
         "ring-ect-tcm": Trial(
-            fields={**_TRIAL, "kind": "ect", "curriculum_steps": 3000, "truncation": 1.0, "truncation_start": 1500},
+            fields={**_TRIAL, "kind": "ect", "curriculum_steps": 1500, "truncation": 1.0, "truncation_start": 1500},
             bounds={"sliced_w2": 1.0, "mode_mass": 1.0, "stray": 1.0},
             max_steps=3000,
             law="ring",

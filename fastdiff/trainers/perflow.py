@@ -3,13 +3,17 @@
     window     from a time t_k of the student's, where x_k = a_k x0 + s_k eps, down to the next, t_{k+1}; the last one to the end
     teacher    ``window_steps`` guided DDIM steps from x_k to x_{k+1}
     line       the x0~, eps~ with  a x0~ + s eps~ = x  at both ends;      x_t = a_t x0~ + s_t eps~ in between
-    L          E | u_student(x_t, t) - (eps~ - x0~) |^2,      t uniform in the window's flow time sigma / (alpha + sigma)
+    L          E | u_student(x_t, t) - (eps~ - x0~) |^2,                  t one of the times of the teacher's steps
 
 The student is straight within windows and free to turn between them: easier than ``reflow`` (K = 1, stored pairs), and no path is
 followed from noise to data. With one teacher step x0~ is the teacher's own x0 at x_k. x0 are stored results of the teacher
 (``StoredPairs``), where the paper takes images; so the first window starts at a_T x0 + s_T eps, as the teacher's training did, and
 sampling at noise alone. The student makes ``window_calls`` DDIM steps in each window, and stock schedulers do the same.
 ``diffusion.straight`` says why lines of DDIM are straight lines of flow time; the window's edges are met exactly.
+
+Where the paper draws t uniformly in its window, t here keeps a step's distance to the window's lower edge: there the next window
+begins, for which the same network at the same time must say something else, and a network is smooth in time. On the ring, uniform
+times left the student at the teacher's own error at those very edges, where it is called (see the method's page).
 Yan et al., PeRFlow: Piecewise Rectified Flow (NeurIPS 2024, arXiv 2405.07510); recalled, as on the sheet.
 """
 
@@ -23,7 +27,7 @@ from torch import Tensor
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.process import LEVELS, expand
 from fastdiff.diffusion.solvers import ddim_step, ddim_target, trailing_times
-from fastdiff.diffusion.straight import flow_time, flow_weight, uniform_in_flow_time
+from fastdiff.diffusion.straight import flow_weight
 from fastdiff.errors import UserError
 from fastdiff.losses import reduce, squared_error
 from fastdiff.models.roles import Role, Roles
@@ -74,14 +78,15 @@ class PeRFlow(StoredPairs):
         for name in ("windows", "window_steps", "window_calls"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
-        for name in ("window_steps", "window_calls"):
-            if self.windows * getattr(self, name) > LEVELS // 2:
-                raise UserError(f"{self.windows} windows of {getattr(self, name)} ({name}): at most {LEVELS // 2} in all.")
-        if not set(self.edges()) <= set(self.levels()):
-            raise UserError(
-                f"windows is {self.windows} and window_calls {self.window_calls}: steps at levels {self.levels()} pass the edges "
-                f"{self.edges()} of the windows, where paths turn. Choose numbers whose product divides {LEVELS}."
-            )
+        if self.windows * self.window_steps > LEVELS // 2:
+            raise UserError(f"windows is {self.windows} and window_steps {self.window_steps}: at most {LEVELS // 2} steps in all.")
+        grid = self.grid()
+        for name, levels in (("windows", self.edges()), ("window_calls", self.levels())):
+            if not set(levels) <= set(grid):
+                raise UserError(
+                    f"{name} is {getattr(self, name)}: the student is called at levels {levels} and would be trained at {grid}. "
+                    f"Choose window_steps as a multiple of window_calls, and windows times it to divide {LEVELS}."
+                )
         if not self.lr > 0:
             raise UserError(f"lr is {self.lr}: it must be above 0.")
 
@@ -99,6 +104,10 @@ class PeRFlow(StoredPairs):
         guided = 1 if self.guidance_scale == 1 else 2
         return {"student": Calls(1, 1), "teacher": Calls(self.window_steps * guided, 0)}
 
+    def grid(self) -> list[int]:
+        """The levels of the teacher's steps, ``window_steps`` a window, falling: those that the student is trained at."""
+        return trailing_times(LEVELS, self.windows * self.window_steps)
+
     def edges(self) -> list[int]:
         """The levels at which windows begin, falling."""
         return trailing_times(LEVELS, self.windows)
@@ -106,36 +115,26 @@ class PeRFlow(StoredPairs):
     def levels(self) -> list[int]:
         return trailing_times(LEVELS, self.windows * self.window_calls)
 
+    def times_of(self, window: Tensor, batch: Batch) -> list[Tensor]:
+        """The times of the teacher's steps through windows 0 .. K-1 [B], and that of their ends; of the last, which ends at the
+        data, the lowest."""
+        grid = torch.tensor([*self.grid(), 0], device=window.device)
+        first = window * self.window_steps
+        return [batch.teacher.process.at_level(grid[first + i]) for i in range(self.window_steps + 1)]
+
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         process, (_, x0, cond) = roles.teacher.process, self.draw_pairs(batch, own=True)
-        window = batch.draws.integers("window", 0, self.windows).to(x0.device)
-        t, start = self.times_in(window, batch), process.at_level(self.ends(window)[0])
-        line = self.line(process.add_noise(x0, batch.noise("eps"), start), window, cond, batch, roles)
+        window, place = (batch.draws.integers(*draw) for draw in (("window", 0, self.windows), ("place", 0, self.window_steps)))
+        times = self.times_of(window.to(x0.device), batch)
+        line = self.line(process.add_noise(x0, batch.noise("eps"), times[0]), window, times, cond, batch, roles)
+        t = torch.stack(times).gather(0, place.to(x0.device)[None])[0]
         student = roles.denoiser("student")(ddim_step(line, t), t, cond)
-        weight = expand(flow_weight(process, t), x0)
-        return {"perflow": reduce(squared_error(student.x0, line.x0), weight=weight)}
-
-    def ends(self, window: Tensor) -> tuple[Tensor, Tensor]:
-        """The levels between which windows 0 .. K-1 [B] are; the last one ends at the data, and says level 0."""
-        edges = torch.tensor([*self.edges(), 0], device=window.device)
-        return edges[window], edges[window + 1]
-
-    def times_in(self, window: Tensor, batch: Batch) -> Tensor:
-        """Times of the windows, t_k included and t_{k+1} not, which is the next window's."""
-        process, last = batch.teacher.process, window == self.windows - 1
-        high, low = (process.at_level(level) for level in self.ends(window))
-        end = torch.where(last, 0.0, flow_time(process, low).to(window.device))
-        t = uniform_in_flow_time(process, batch.draws.uniform("t").to(window.device), end, flow_time(process, high))
-        nearest = low if t.is_floating_point() else low + (~last).to(low)  # a row near the edge may be the edge's own
-        return torch.maximum(t, nearest)
+        return {"perflow": reduce(squared_error(student.x0, line.x0), weight=expand(flow_weight(process, t), x0))}
 
     @torch.no_grad()
-    def line(self, x: Tensor, window: Tensor, cond: Any, batch: Batch, roles: Roles) -> Prediction:
+    def line(self, x: Tensor, window: Tensor, times: list[Tensor], cond: Any, batch: Batch, roles: Roles) -> Prediction:
         """x0~ at the start of the windows, by the teacher's steps from their states x [B, ...] there."""
-        process, teacher = roles.teacher.process, roles.denoiser("teacher")
-        first, end = self.ends(window)
-        times = [process.at_level(first - (first - end) * i // self.window_steps) for i in range(self.window_steps + 1)]
-        state = x
+        process, teacher, state = roles.teacher.process, roles.denoiser("teacher"), x
         for t, u in zip(times[:-1], times[1:], strict=True):
             prediction = teacher.guided(state, t, cond, batch.null, self.guidance_scale)
             state = ddim_step(prediction, u)

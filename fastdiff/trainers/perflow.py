@@ -57,9 +57,11 @@ class PeRFlow(StoredPairs):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "sliced_w2": 1.0, "mode_mass": 1.0, "stray": 1.0}, max_steps=3000),
-        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "w2": 1.0, "axes": 1.0}, max_steps=3000),
-        "ring-flow": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "sliced_w2": 1.0, "stray": 1.0}, max_steps=3000),
+        "ring": Trial(
+            fields=_TRIAL, bounds={"flow_map": 0.09, "sliced_w2": 0.125, "mode_mass": 0.13, "stray": 0.067}, max_steps=3000
+        ),
+        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 0.077, "w2": 0.44, "axes": 0.38}, max_steps=3000),
+        "ring-flow": Trial(fields=_TRIAL, bounds={"flow_map": 0.086, "sliced_w2": 0.11, "stray": 0.084}, max_steps=3000),
     }
 
     windows: int = 4

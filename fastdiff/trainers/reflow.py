@@ -50,18 +50,20 @@ class Reflow(StoredPairs):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "sliced_w2": 1.0, "mode_mass": 1.0, "stray": 1.0}, max_steps=4000),
-        "ring-flow": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "sliced_w2": 1.0, "stray": 1.0}, max_steps=4000),
-        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 1.0, "w2": 1.0, "axes": 1.0}, max_steps=4000),
+        "ring": Trial(
+            fields=_TRIAL, bounds={"flow_map": 0.123, "sliced_w2": 0.125, "mode_mass": 0.15, "stray": 0.11}, max_steps=4000
+        ),
+        "ring-flow": Trial(fields=_TRIAL, bounds={"flow_map": 0.12, "sliced_w2": 0.12, "stray": 0.135}, max_steps=4000),
+        "gaussian": Trial(fields=_TRIAL, bounds={"flow_map": 0.1, "w2": 0.5, "axes": 0.5}, max_steps=4000),
         "ring-instaflow": Trial(
             fields={**_TRIAL, "distill": True, "round_steps": 2000},
-            bounds={"flow_map": 1.0, "sliced_w2": 1.0, "mode_mass": 1.0, "stray": 1.0},
+            bounds={"flow_map": 0.1, "sliced_w2": 0.13, "mode_mass": 0.18, "stray": 0.075},
             max_steps=4000,
             law="ring",
         ),
         "ring-3": Trial(
             fields={**_TRIAL, "rounds": 2, "round_steps": 2000},
-            bounds={"flow_map": 1.0, "sliced_w2": 1.0, "mode_mass": 1.0, "stray": 1.0},
+            bounds={"flow_map": 0.15, "sliced_w2": 0.15, "mode_mass": 0.26, "stray": 0.145},
             max_steps=4000,
             law="ring",
         ),

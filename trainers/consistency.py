@@ -21,6 +21,8 @@ def main(
     kind: Literal["cd", "ct", "ict", "ect"] = "cd",
     steps: int = 4,
     guidance_scale: float = 3.0,
+    truncation: float | None = None,
+    truncation_start: int = 0,
     lr: float = 1e-4,
     seed: int = 0,
 ) -> None:
@@ -29,6 +31,8 @@ def main(
         steps=steps,
         guidance_scale=guidance_scale,
         pair_guidance_scale=guidance_scale,
+        truncation=truncation,
+        truncation_start=truncation_start,
         lr=lr,
     )
     trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed)

@@ -32,6 +32,12 @@ def log_normal(z: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
     return torch.exp(mean + std * z)
 
 
+def log_normal_above(u: Tensor, low: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """``log_normal`` given that it is at least ``low`` > 0, a scalar, by the inverse of its distribution function; u in [0, 1)."""
+    below = torch.special.ndtr((low.log() - mean) / std)
+    return log_normal(torch.special.ndtri(below + (1 - below) * u), mean, std).clamp(min=low)
+
+
 def trig_log_normal(z: Tensor, mean: float = -1.0, std: float = 1.4, *, sigma_data: float = 0.5) -> Tensor:
     """A TrigFlow angle whose noise-to-signal ratio ``sigma_data tan t`` is log-normal."""
     return torch.atan(log_normal(z, mean, std) / sigma_data)

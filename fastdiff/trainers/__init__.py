@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from fastdiff.trainers.meanflow import MeanFlow
     from fastdiff.trainers.ode_pairs import ODEPairs
     from fastdiff.trainers.pcm import PCM
+    from fastdiff.trainers.perflow import PeRFlow
     from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
+    from fastdiff.trainers.reflow import Reflow
     from fastdiff.trainers.scm import SCM
     from fastdiff.trainers.shortcut import Shortcut
     from fastdiff.trainers.sid import SiD
@@ -44,8 +46,10 @@ __all__ = [
     "LCMLoRA",
     "MeanFlow",
     "ODEPairs",
+    "PeRFlow",
     "ProgressiveDistillation",
     "ProlificDreamer",
+    "Reflow",
     "Shortcut",
     "SiD",
     "SwiftBrush",
@@ -65,8 +69,10 @@ _HOMES = {
     "MeanFlow": "meanflow",
     "ODEPairs": "ode_pairs",
     "PCM": "pcm",
+    "PeRFlow": "perflow",
     "ProgressiveDistillation": "progressive",
     "ProlificDreamer": "prolific_dreamer",
+    "Reflow": "reflow",
     "SCM": "scm",
     "SNOOPI": "snoopi",
     "Shortcut": "shortcut",

@@ -13,6 +13,7 @@ there; as s falls, x0 of an eps, v or flow network is x but for a multiple of s,
 error reports (Consistency Models, ICML 2023, arXiv 2303.01469).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +62,16 @@ class Interval:
     r: Tensor
     rho_t: Tensor
     rho_r: Tensor
+    edge: Tensor | float = 0.0
+    """rho of the time t' that no t is below; 0 where t is not truncated."""
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """rho of the time t' that no t may be below, before it is brought to the process's times, and who has t = t' exactly, [B]."""
+
+    rho: float
+    at_edge: Tensor
 
 
 def falling_grid(process: NoiseProcess, n: int) -> Tensor:
@@ -77,18 +88,30 @@ def finite_ratios(process: NoiseProcess, grid: Tensor) -> Tensor:
     return torch.where(ratios.isinf(), 2 * ratios.roll(-1), ratios)
 
 
-def grid_interval(process: NoiseProcess, n: int, u: Tensor, log_normal: tuple[float, float] | None = None) -> Interval:
+def grid_interval(
+    process: NoiseProcess,
+    n: int,
+    u: Tensor,
+    log_normal: tuple[float, float] | None = None,
+    truncated: Truncated | None = None,
+) -> Interval:
     """Two neighbours of ``falling_grid``, by draws u [B] uniform in [0, 1).
 
     Args:
         log_normal: mean and deviation of ln rho, of which the share in each interval is its chance (iCT); None: all are as likely.
+        truncated: t' is the nearest time of the grid that an interval begins at.
     """
     grid = falling_grid(process, n)
     rho = finite_ratios(process, grid)
-    weights = torch.ones(len(grid) - 1) if log_normal is None else log_normal_weights(rho, *log_normal)
-    i = from_weights(u, weights)
+    weights, edge = torch.ones(len(grid) - 1) if log_normal is None else log_normal_weights(rho, *log_normal), 0.0
+    if truncated is None:
+        i = from_weights(u, weights)
+    else:
+        cut = int((rho[:-1].log() - math.log(truncated.rho)).abs().argmin())
+        edge = rho[cut].item()
+        i = torch.where(truncated.at_edge, cut, from_weights(u, weights[: cut + 1]))
     grid, rho = grid.to(i.device), rho.to(i.device)
-    return Interval(grid[i], grid[i + 1], rho[i], rho[i + 1])
+    return Interval(grid[i], grid[i + 1], rho[i], rho[i + 1], edge)
 
 
 def easy_interval(process: NoiseProcess, rho: Tensor, stage: int, easy_map: tuple[float, float, float]) -> Interval:
@@ -105,7 +128,8 @@ def easy_interval(process: NoiseProcess, rho: Tensor, stage: int, easy_map: tupl
     if not r.is_floating_point():
         r = torch.minimum(r, t - 1).clamp(min=0)
     rho_r = torch.where(ends, 0.0, process.nsr(r))
-    return Interval(*(value.to(rho.device) for value in (t, r, rho_t, rho_r)))
+    t, r, rho_t, rho_r = (value.to(rho.device) for value in (t, r, rho_t, rho_r))
+    return Interval(t, r, rho_t, rho_r)
 
 
 def with_boundary(prediction: Prediction) -> Tensor:

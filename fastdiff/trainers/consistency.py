@@ -13,32 +13,36 @@ in for data and for c_skip, c_out, and how both passes have equal dropout. cd al
 that of the stored results. Consistency Models (ICML 2023, arXiv 2303.01469), Improved Techniques for Training Consistency Models
 (ICLR 2024, arXiv 2310.14189; recalled), Consistency Models Made Easy (ICLR 2025, arXiv 2406.14548).
 
+With ``truncation`` they are TCM's two stages: see ``_truncation``.
+
 Departures: no LPIPS; any process, by rho, so that on a VP table times are its rows and a finer grid than the table is the table; N
 and stages run over ``curriculum_steps``; in ECT a rho_r below the process's lowest is 0.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.solvers import ddim_step, heun_step
-from fastdiff.diffusion.times import consistency_ema, consistency_intervals, doubling_intervals, log_normal
+from fastdiff.diffusion.times import consistency_ema, consistency_intervals, doubling_intervals, log_normal, log_normal_above
 from fastdiff.errors import UserError
 from fastdiff.losses import consistency, improved_consistency, reduce
 from fastdiff.models.roles import Role, Roles
 from fastdiff.trainers._consistency import (
     TARGET,
-    ConsistencyMethod,
     Interval,
+    Truncated,
     choose,
     easy_interval,
     grid_interval,
     two_passes,
     with_boundary,
 )
+from fastdiff.trainers._truncation import BOUNDARY, TruncatedConsistency
 from fastdiff.trainers.method import Batch, Calls, Paper, Preparation, Trial
 
 _CHOICES = {"kind": ("cd", "ct", "ict", "ect"), "solver": ("heun", "ddim"), "norm": ("squared", "absolute")}
@@ -54,7 +58,7 @@ _TRIAL = {
 
 
 @dataclass(kw_only=True)
-class Consistency(ConsistencyMethod):
+class Consistency(TruncatedConsistency):
     """Few-step student that maps every point of a trajectory to its end: from a teacher's steps (CD) or from samples alone."""
 
     info: ClassVar[Paper] = Paper(
@@ -79,6 +83,12 @@ class Consistency(ConsistencyMethod):
         "ring-ect": Trial(
             fields={**_TRIAL, "kind": "ect", "curriculum_steps": 3000},
             bounds={"sliced_w2": 0.24, "mode_mass": 0.54, "stray": 0.35},
+            max_steps=3000,
+            law="ring",
+        ),
+        "ring-tcm": Trial(
+            fields={**_TRIAL, "truncation": 1.0, "truncation_start": 1500},
+            bounds={"flow_map": 0.11, "sliced_w2": 0.12, "mode_mass": 0.15, "stray": 0.115},
             max_steps=3000,
             law="ring",
         ),
@@ -149,19 +159,16 @@ class Consistency(ConsistencyMethod):
 
     def roles(self) -> dict[str, Role]:
         if not self.averages:
-            return {"student": Role(train="full", lr=self.lr, optimizer="radam", dropout=self.dropout)}
+            return {"student": Role(train="full", lr=self.lr, optimizer="radam", dropout=self.dropout), **super().roles()}
         target = Role(train="average", dropout=self.dropout)
-        return {"student": Role(train="full", lr=self.lr, dropout=self.dropout), TARGET: target}
-
-    def updates(self, step: int) -> tuple[str, ...]:
-        return ("student",)
+        return {"student": Role(train="full", lr=self.lr, dropout=self.dropout), TARGET: target, **super().roles()}
 
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
         if not self.averages:
-            return {"student": Calls(2, 1)}
+            return {"student": Calls(2, 1), **super().calls(updates)}
         asked = 2 if self.solver == "heun" else 1
         teacher = {"teacher": Calls(asked * (1 if self.guidance_scale == 1 else 2), 0)} if self.kind == "cd" else {}
-        return {"student": Calls(1, 1), TARGET: Calls(1, 0), **teacher}
+        return {"student": Calls(1, 1), TARGET: Calls(1, 0), **teacher, **super().calls(updates)}
 
     def teacher_guidance(self) -> float:
         return self.guidance_scale if self.kind == "cd" else self.pair_guidance_scale
@@ -190,26 +197,40 @@ class Consistency(ConsistencyMethod):
         """ECT's stage, from 0."""
         return min(step * self.stages // self._length, self.stages - 1)
 
-    def interval(self, batch: Batch) -> Interval:
+    def interval(self, batch: Batch, truncated: Truncated | None = None) -> Interval:
         """The times of a batch."""
         step, process, log_law = batch.draws.key[2], batch.teacher.process, (self.log_nsr_mean, self.log_nsr_std)
-        if self.kind == "ect":
+        if self.kind != "ect":
+            given = log_law if self.kind == "ict" else None
+            return grid_interval(process, self.times_at(step), batch.draws.uniform("t"), given, truncated)
+        if truncated is None:
             rho = log_normal(batch.draws.normal("t", ()).double(), *log_law)
             return easy_interval(process, rho, self.stage_at(step), self.easy_map)
-        return grid_interval(process, self.times_at(step), batch.draws.uniform("t"), log_law if self.kind == "ict" else None)
+        edge = process.nsr(process.t_from_nsr(torch.tensor(truncated.rho)))
+        rho = torch.where(truncated.at_edge, edge, log_normal_above(batch.draws.uniform("t"), edge, *log_law))
+        return replace(easy_interval(process, rho, self.stage_at(step), self.easy_map), edge=edge)
 
     # --- the loss
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         self._step = batch.draws.key[2]
-        at, process = self.interval(batch), roles.teacher.process
+        truncated = self.truncated(update, batch)
+        at, process = self.interval(batch, truncated), roles.teacher.process
         _, x0, cond = self.draw_pairs(batch, own=True)
         eps = batch.noise("eps")
         x_t = process.add_noise(x0, eps, at.t)
         x_r = self.teacher_step(x_t, at, cond, batch, roles) if self.kind == "cd" else process.add_noise(x0, eps, at.r)
         student, target = two_passes(roles, TARGET if self.averages else "student", (x_t, at.t), (x_r, at.r), cond)
-        end = choose(at.rho_r == 0, x0, target.x0) if self.kind == "ect" else with_boundary(target)
-        return {"consistency": self._distance(student.x0, end, at)}
+        end = self._end(target, x0, at)
+        if truncated is not None:
+            with torch.no_grad():
+                frozen = roles.denoiser(BOUNDARY)(x_r, at.r, cond)
+            end = choose(at.rho_r < at.edge, self._end(frozen, x0, at), end)
+        return {"consistency": self._distance(student.x0, end, at, self.weights(truncated))}
+
+    def _end(self, target: Prediction, x0: Tensor, at: Interval) -> Tensor:
+        """What a prediction says of the end of the path, with the boundary of its kind."""
+        return choose(at.rho_r == 0, x0, target.x0) if self.kind == "ect" else with_boundary(target)
 
     @torch.no_grad()
     def teacher_step(self, x_t: Tensor, at: Interval, cond: Any, batch: Batch, roles: Roles) -> Tensor:
@@ -222,11 +243,11 @@ class Consistency(ConsistencyMethod):
         first = denoise(x_t, at.t)
         return heun_step(denoise, first, at.r) if self.solver == "heun" else ddim_step(first, at.r)
 
-    def _distance(self, prediction: Tensor, target: Tensor, at: Interval) -> Tensor:
+    def _distance(self, prediction: Tensor, target: Tensor, at: Interval, weight: Tensor | None) -> Tensor:
         if self.averages:
-            return reduce(consistency(prediction, target, norm=self.norm))
+            return reduce(consistency(prediction, target, norm=self.norm), weight=weight)
         c = 0.0 if self.kind == "ect" and self.huber_c is None else self.huber_c
-        return reduce(improved_consistency(prediction, target, at.rho_t, at.rho_r, c=c))
+        return reduce(improved_consistency(prediction, target, at.rho_t, at.rho_r, c=c), weight=weight)
 
     def after(self, update: str, roles: Roles) -> None:
         if self.averages:

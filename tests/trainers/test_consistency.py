@@ -38,7 +38,7 @@ PAIRS: dict[str, Any] = {"pairs": 12, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
     "cd": Consistency(guidance_scale=2.0, dropout=True, target_decay=0.5, **PAIRS),
     "ict": Consistency(kind="ict", curriculum=(4, 8), curriculum_steps=8, huber_c=0.1, **PAIRS),
-    "ect": Consistency(kind="ect", curriculum_steps=8, stages=4, **PAIRS),
+    "ect": Consistency(kind="ect", curriculum_steps=8, stages=4, truncation=1.0, truncation_start=2, **PAIRS),
 }
 N, D = 64, 4
 PROCESSES = {"edm": EDM(), "vp": laws.process(), "flow": RectifiedFlow(), "trigflow": TrigFlow()}

@@ -3,17 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdiff.trainers.add import ADD
     from fastdiff.trainers.consistency import Consistency
     from fastdiff.trainers.diff_instruct import DiffInstruct
     from fastdiff.trainers.dmd import DMD
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.f_distill import FDistill
+    from fastdiff.trainers.ladd import LADD
     from fastdiff.trainers.lcm import LCM
     from fastdiff.trainers.lcm_lora import LCMLoRA
     from fastdiff.trainers.ode_pairs import ODEPairs
     from fastdiff.trainers.pcm import PCM
     from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
+    from fastdiff.trainers.sana_sprint import SanaSprint
     from fastdiff.trainers.scm import SCM
     from fastdiff.trainers.sid import SiD
     from fastdiff.trainers.snoopi import SNOOPI
@@ -23,8 +26,10 @@ if TYPE_CHECKING:
     from fastdiff.trainers.teacher_score_matching import TeacherScoreMatching
 
 __all__ = [
+    "ADD",
     "DMD",
     "DMD2",
+    "LADD",
     "LCM",
     "PCM",
     "SCM",
@@ -37,17 +42,20 @@ __all__ = [
     "ODEPairs",
     "ProgressiveDistillation",
     "ProlificDreamer",
+    "SanaSprint",
     "SiD",
     "SwiftBrush",
     "SwiftBrushV2",
     "TeacherScoreMatching",
 ]
 _HOMES = {
+    "ADD": "add",
     "Consistency": "consistency",
     "DMD": "dmd",
     "DMD2": "dmd2",
     "DiffInstruct": "diff_instruct",
     "FDistill": "f_distill",
+    "LADD": "ladd",
     "LCM": "lcm",
     "LCMLoRA": "lcm_lora",
     "ODEPairs": "ode_pairs",
@@ -56,6 +64,7 @@ _HOMES = {
     "ProlificDreamer": "prolific_dreamer",
     "SCM": "scm",
     "SNOOPI": "snoopi",
+    "SanaSprint": "sana_sprint",
     "SiD": "sid",
     "SwiftBrush": "swiftbrush",
     "SwiftBrushV2": "swiftbrush_v2",

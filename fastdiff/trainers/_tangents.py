@@ -11,6 +11,7 @@ masks. Derivatives are taken outside autocast; so is the forward, where the esti
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -129,10 +130,18 @@ def _like(cond: Any, y: Tensor) -> Any:
     return cond.to(y) if cond.is_floating_point() else cond
 
 
-def choose_estimator(preparation: Preparation, asked: str, *, single_call: bool, sigma_data: float) -> Estimator:
+def choose_estimator(
+    preparation: Preparation,
+    asked: str,
+    *,
+    single_call: bool,
+    sigma_data: float,
+    backbone: nn.Module | None = None,
+    told: Callable[[Any], Any] = lambda cond: cond,
+) -> Estimator:
     """The estimator ``asked`` for, or, of ``auto``, the one that ``choose_jvp`` measures to be right; its choice is said aloud.
 
-    Measured once on four samples with the teacher's network, which is where the student begins.
+    Measured once on four samples with the network that the student begins as: the teacher's, or ``backbone``, given ``told(cond)``.
 
     Raises:
         UserError: the network rounds its times, or the estimator asked for does not give its derivative.
@@ -146,7 +155,8 @@ def choose_estimator(preparation: Preparation, asked: str, *, single_call: bool,
     t = low + (high - low) * torch.linspace(0.2, 0.95, 4, dtype=torch.float64, device=teacher.device)
     tangents = premultiplied_tangents(sigma_data * direction, t, sigma_data=sigma_data)
     try:
-        choice = choose_jvp(_Measured(teacher, teacher.family.backbone, sigma_data, cond), (y, t), tangents)
+        measured = _Measured(teacher, backbone or teacher.family.backbone, sigma_data, told(cond))
+        choice = choose_jvp(measured, (y, t), tangents)
     except ValueError as error:
         raise UserError(f"{teacher.name} has no derivative that a consistency model could learn from: {error}") from error
     name = _named(choice, asked, teacher.name)

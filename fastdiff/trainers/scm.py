@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fastdiff.diffusion.guidance import Scale
 from fastdiff.diffusion.matching import match_state
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.process import LEVELS, TrigFlow, expand
@@ -214,12 +215,12 @@ class SCM(StoredPairs):
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         sd = self.sigma_data
         x_t, t, velocity, cond = self._moments(batch, roles)
-        network = trigflow_network(roles.denoiser("student"), sd, cond)
+        network = trigflow_network(roles.denoiser("student"), sd, self.told(cond, batch))
         primals, tangents = (x_t / sd, t), premultiplied_tangents(velocity, t, sigma_data=sd)
         prediction, frozen, jvp = self._estimator(network, primals, tangents)
         if self.single_call:
             roles.watched("student", prediction)
-        warmup = min(1.0, batch.draws.key[2] / self.tangent_warmup) if self.tangent_warmup else 1.0
+        warmup = min(1.0, self.iteration(batch) / self.tangent_warmup) if self.tangent_warmup else 1.0
         g = scm_tangent(x_t, t, frozen, velocity, jvp, sigma_data=sd, warmup=warmup)
         g = normalise_tangent(g, kind=self.normalisation, c=self.c)
         weight = inverse_sigma_weight(t, sigma_data=sd) if self.extra_weight == "inv_sigma" else 1.0
@@ -235,12 +236,32 @@ class SCM(StoredPairs):
             return x_t, t, expand(t.cos(), z) * z - expand(t.sin(), x0) * x0, cond
         process, teacher = TrigFlow(sigma_data=self.sigma_data), roles.denoiser("teacher").continuous()
         state, time = match_state(x_t, t, process, teacher.process)
-        guided = teacher.guided(state, time, cond, batch.null, self.guidance_scale)
+        guided = teacher.guided(state, time, cond, batch.null, self.scale(batch))
         return x_t, t, Prediction(x_t, t, guided.x0, process).velocity, cond
+
+    def iteration(self, batch: Batch) -> int:
+        """How many iterations of this loss were before."""
+        return batch.draws.key[2]
+
+    def scale(self, batch: Batch) -> Scale:
+        """Guidance of the teacher: a number, or one a sample [B]."""
+        del batch
+        return self.guidance_scale
+
+    def told(self, cond: Any, batch: Batch) -> Any:
+        """What the student is given of the condition: all of it, and no more."""
+        del batch
+        return cond
 
     def drawn_times(self, batch: Batch) -> Tensor:
         """TrigFlow times [B], float64, in the range that the teacher's process reaches."""
-        low, high = self._range
-        t = trig_log_normal(batch.draws.normal("tau", ()).double(), self.log_mean, self.log_std, sigma_data=self.sigma_data)
-        at_end = batch.draws.uniform("at_end") < self.max_time_share
-        return t.clamp(low, high).masked_fill(at_end, high)
+        return self.angles(batch, "tau").masked_fill(self.at_end(batch), self._range[1])
+
+    def at_end(self, batch: Batch) -> Tensor:
+        """Which samples [B] are put at the last time."""
+        return batch.draws.uniform("at_end") < self.max_time_share
+
+    def angles(self, batch: Batch, name: str) -> Tensor:
+        """The log-normal times alone."""
+        t = trig_log_normal(batch.draws.normal(name, ()).double(), self.log_mean, self.log_std, sigma_data=self.sigma_data)
+        return t.clamp(*self._range)

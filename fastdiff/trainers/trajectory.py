@@ -38,26 +38,35 @@ def trajectory(
     Raises:
         ValueError: fresh noise is needed and nothing gives any.
     """
-    process, found = student.process, list[Prediction]()
-    x = process.initial_scale * noise
-    for i, level in enumerate(levels):
+    times = [student.process.at_level(torch.tensor(level)) for level in levels]
+    return through(student, noise, cond, times, sampler, generators)
+
+
+def through(
+    student: Denoiser,
+    noise: Tensor,
+    cond: Any,
+    times: Sequence[Tensor],
+    sampler: Sampler,
+    generators: Generators | Callable[[int], Tensor] = None,
+) -> list[Prediction]:
+    """``trajectory`` at times [K] of the student's process itself, each a scalar."""
+    found = list[Prediction]()
+    x = student.process.initial_scale * noise
+    for i, time in enumerate(times):
+        t = time.to(noise.device).expand(len(noise))
         if i > 0 and sampler == "ddim":
-            x = ddim_step(found[-1], _time(process, level, len(noise), noise.device))
+            x = ddim_step(found[-1], t)
         elif i > 0:
             fresh = generators(i) if callable(generators) else _draw(noise, generators)
-            x = consistency_step(found[-1], _time(process, level, len(noise), noise.device), fresh)
-        found.append(student(x, _time(process, level, len(noise), noise.device), cond))
+            x = consistency_step(found[-1], t, fresh)
+        found.append(student(x, t, cond))
     return found
 
 
 def own_generators(n: int) -> list[torch.Generator]:
     """Generators of ``n`` samples, the i-th with seed i: what an export is compared by."""
     return [torch.Generator().manual_seed(i) for i in range(n)]
-
-
-def _time(process: Any, level: int, n: int, device: torch.device) -> Tensor:
-    time: Tensor = process.at_level(torch.tensor(level)).to(device)
-    return time.expand(n)
 
 
 def _draw(like: Tensor, generators: Generators) -> Tensor:

@@ -42,7 +42,8 @@ def sprint_network(transformer: Any) -> Any:
     nn.init.zeros_(last.bias)
     if transformer.config.timestep_scale != DENSE:
         _draw_curve(student.time_embed, transformer.time_embed.emb, transformer.config.timestep_scale)
-    return student.to(device=transformer.device, dtype=transformer.dtype).eval()
+    student = student.to(transformer.device)
+    return student.eval() if student.dtype == transformer.dtype else student.to(transformer.dtype).eval()
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@
     x0 = cos t x - sin t sd F,     x' = cos t' x0 + sin t' sd noise,     F from the flow network at s = sin t / (sin t + cos t)
 
 The pipeline makes that change of process itself, scales latents by the scheduler's sigma_data and back, and gives the network s
-(no 1000) and 0.1 of the guidance scale (``models.sprint_network``). Its own grid is used where it has the student's times: two
-steps, or evenly spaced ones; any others are handed over by the call. It begins at 1.5708, a little beyond pi / 2, and so does the
-student.
+(no 1000) and 0.1 of the guidance scale (``models.sprint_network``). It begins at 1.5708, a little beyond pi / 2, and so does the
+student. Its grids are two times, 1.5708 and 1.3, or evenly spaced ones; the paper's four, (1.5683, 1.3, 1.1, 0.6), cannot be
+handed to it: in diffusers 0.42 ``SCMScheduler`` must be told the number of steps with them, and the pipeline leaves it out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from fastdiff.models.teacher import Teacher
 from fastdiff.pipelines.export import Schedule
 
 STOCK_END, STOCK_SECOND, STOCK_STEPS = 1.57080, 1.3, 2
-"""The first and the second of the two times that a bare call of the pipeline makes."""
-_GRIDS = {1: (STOCK_END,), 2: (STOCK_END, STOCK_SECOND), 4: (1.5683, 1.3, 1.1, 0.6)}
+"""The first and the second time of a bare call of the pipeline, which makes two."""
 _CARD = """`scheduler/` is an `SCMScheduler`: {steps} of TrigFlow, at times {times} of pi/2 (noise) to 0 (image), with fresh noise
-between them. One network serves one, two and four steps; the times of another number than this card's are in `fastdiff`'s docs."""
+between them. The same network serves other numbers of steps (`num_inference_steps=n, intermediate_timesteps=None`; two without the
+latter) and the scales of guidance that it was trained with."""
 
 
 def sprint_times(steps: int) -> list[float]:
-    """TrigFlow times of a student of so many steps, falling: SANA-Sprint's for 1, 2 and 4, else evenly spaced."""
-    if steps in _GRIDS:
-        return list(_GRIDS[steps])
+    """The pipeline's TrigFlow times of so many steps, falling: 1.5708 and 1.3 for two, else evenly spaced."""
+    if steps == STOCK_STEPS:
+        return [STOCK_END, STOCK_SECOND]
     return [STOCK_END * (steps - i) / steps for i in range(steps)]
 
 
@@ -47,20 +47,16 @@ class SprintSchedule(Schedule):
 
     @property
     def call(self) -> dict[str, Any]:
-        times = list(self.times)
-        if times == [STOCK_END, STOCK_SECOND]:
-            grid: dict[str, Any] = {"num_inference_steps": STOCK_STEPS}
-        elif len(times) == 1 and times[0] == STOCK_END:
-            grid = {"num_inference_steps": 1, "intermediate_timesteps": None}
-        else:
-            custom = {"timesteps": [*times, 0.0], "max_timesteps": None, "intermediate_timesteps": None}
-            grid = {"num_inference_steps": len(times), **custom}
+        steps = len(self.times)
+        grid = {"num_inference_steps": steps} | ({} if steps == STOCK_STEPS else {"intermediate_timesteps": None})
         return {**grid, "guidance_scale": self.guidance_scale, **self.size}
 
     def parts(self, teacher: Teacher) -> tuple[type, Any]:
         from diffusers import SanaSprintPipeline, SCMScheduler
 
         del teacher
+        if list(self.times) != sprint_times(len(self.times)):
+            raise ValueError(f"SanaSprintPipeline visits {sprint_times(len(self.times))} in so many steps.")
         return SanaSprintPipeline, SCMScheduler()
 
     def components(self, network: Any) -> dict[str, Any]:

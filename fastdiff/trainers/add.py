@@ -50,7 +50,7 @@ class ADD(LADD):
     )
 
     trials: ClassVar[Mapping[str, Trial]] = {
-        "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.3, "mode_mass": 0.6, "stray": 0.3}, max_steps=3000),
+        "ring": Trial(fields=_TRIAL, bounds={"sliced_w2": 0.2, "mode_mass": 0.74, "stray": 0.18}, max_steps=2000),
     }
 
     gan: Literal["softplus", "hinge"] = "hinge"

@@ -78,7 +78,7 @@ class SanaSprint(Adversarial, SCM):
     trials: ClassVar[Mapping[str, Trial]] = {
         "ring-flow": Trial(
             fields=_TRIAL,
-            bounds={"sliced_w2": 0.2, "mode_mass": 0.4, "stray": 0.2},
+            bounds={"flow_map": 0.25, "sliced_w2": 0.21, "mode_mass": 0.36, "stray": 0.22},
             max_steps=1200,
             law="ring-flow-smooth",
             ema_decay=0.99,

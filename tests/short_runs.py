@@ -232,7 +232,7 @@ def join_ranks(run: Trainer, world_size: int) -> None:
                 Preparation(run.teacher, run.prompts, run.folder, seed, rank, world_size, run.config.max_steps, run._log.progress)
             )
 
-        def draw_pairs(batch: Batch, **options: bool) -> tuple[Any, ...]:
+        def draw_pairs(batch: Batch, **options: Any) -> tuple[Any, ...]:
             ranks = batch.draws.ranks  # type: ignore[attr-defined]
             parts = [s.draw_pairs(dataclasses.replace(batch, draws=d), **options) for s, d in zip(shares, ranks, strict=True)]
             return tuple(concat(*part) for part in zip(*parts, strict=True))

@@ -2,6 +2,7 @@
 
 from fastdiff.losses.adversarial import (
     approximate_gradient_penalty,
+    gradient_penalties,
     gradient_penalty,
     hinge_discriminator,
     hinge_generator,
@@ -100,6 +101,7 @@ __all__ = [
     "forward_kl",
     "gaussian_kl",
     "gaussian_log_ratio",
+    "gradient_penalties",
     "gradient_penalty",
     "hinge_discriminator",
     "hinge_generator",

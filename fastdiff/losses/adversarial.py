@@ -7,6 +7,8 @@ one would not vanish with a, and would train the head to ignore noise.
 R1 (ICML 2018, arXiv 1801.04406); the estimate is APT's (2025, arXiv 2501.08316).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -60,8 +62,13 @@ def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
         logits: [B, ...], computed from ``inputs``.
         inputs: [B, ...] that require grad.
     """
-    (gradient,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
-    return rows(widened(gradient)).square().sum(dim=1)
+    return gradient_penalties([logits], [inputs])[0]
+
+
+def gradient_penalties(logits: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``gradient_penalty`` of each of several heads at its own input, which bears on no other's logits, in one backward pass."""
+    gradients = torch.autograd.grad(torch.stack([logit.sum() for logit in logits]).sum(), list(inputs), create_graph=True)
+    return [rows(widened(gradient)).square().sum(dim=1) for gradient in gradients]
 
 
 def approximate_gradient_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:

@@ -40,6 +40,13 @@ def repeat(condition: Any, n: int) -> Any:
     return condition.expand(n, *condition.shape[1:])
 
 
+def same(one: Any, other: Any) -> Tensor:
+    """Which samples [B] have equal conditions in both."""
+    if isinstance(one, dict):
+        return torch.stack([same(one[key], other[key]) for key in one]).all(0)
+    return (one == other).reshape(len(one), -1).all(1)
+
+
 def with_guidance(condition: Any, scale: Tensor) -> Condition:
     """A condition that says the guidance scale [B] too."""
     return {"cond": condition, "guidance_scale": scale}

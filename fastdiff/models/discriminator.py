@@ -1,22 +1,49 @@
-"""Discriminator heads on a denoiser's bottleneck features (DMD2, arXiv 2405.14867, section 4.3).
+"""Discriminator heads on a denoiser's features: of its bottleneck (DMD2, arXiv 2405.14867, section 4.3), or of several blocks.
 
 The paper's head for SD 1.5 is conv4x4 s2, GN32, SiLU, conv4x4 s4, GN32, SiLU, 1x1 on 8x8 features of width 1280. Here the second
 convolution covers whatever the first leaves, so that 4x4 features of small teachers fit; groups hold 16 channels, since a group of
 two values at one position is normalised to a sign, through which no gradient is worth anything.
+
+``PositionHead`` is SANA-Sprint's (arXiv 2503.09641), for one block of several: a logit at every position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv1d, leaky_relu
 
 
 class _Tapped(Exception):
-    """Carries features out of a network whose remaining layers are not needed."""
+    """Stops a network whose remaining layers are not needed."""
 
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        self.features = features
+
+def maps_at(modules: Sequence[nn.Module], call: Callable[[], Any]) -> list[Tensor]:
+    """What each of ``modules``, in the order in which they run, puts out during ``call()``; the layers after the last do not run.
+
+    Raises:
+        RuntimeError: the call never reached one of them.
+    """
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, _inputs: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+        if module is modules[-1]:
+            raise _Tapped
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        call()
+    except _Tapped:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(found) != len(modules):
+        names = ", ".join(type(module).__name__ for module in modules)
+        raise RuntimeError(f"{names} was not called: there are no features to discriminate.")
+    return found
 
 
 def features_at(module: nn.Module, call: Callable[[], Any]) -> Tensor:
@@ -25,18 +52,7 @@ def features_at(module: nn.Module, call: Callable[[], Any]) -> Tensor:
     Raises:
         RuntimeError: the call never reached the module.
     """
-
-    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        raise _Tapped(output[0] if isinstance(output, tuple) else output)
-
-    handle = module.register_forward_hook(stop)
-    try:
-        call()
-    except _Tapped as tapped:
-        return tapped.features
-    finally:
-        handle.remove()
-    raise RuntimeError(f"{type(module).__name__} was not called: there are no features to discriminate.")
+    return maps_at([module], call)[0]
 
 
 class VectorHead(nn.Module):
@@ -82,4 +98,31 @@ class FeatureHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.layers(features.to(next(self.parameters()).dtype)).mean(dim=(1, 2, 3))
+        return logits
+
+
+class PositionHead(nn.Module):
+    """Features [B, N, width] or [B, width, h, w], at least 4 positions, to a logit at each of them, [B, N].
+
+    ``h = lrelu(norm(W / |W| f))``, ``h <- (h + lrelu(norm(conv_9 h))) / sqrt 2``, ``logit = w h + b``: SANA-Sprint's, with a slope
+    of 0.2, a 1x1 convolution W over its spectral norm, and one of 9 that wraps around the row of positions. Departures: the norms
+    have the statistics of one sample in 8 groups of channels, where the paper's have those of 8 samples, so that a logit does not
+    depend on how a batch is cut; |W| is exact, not a power iteration, so the head has no state; ``hidden`` channels, not width.
+    """
+
+    def __init__(self, width: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.project = nn.Conv1d(width, hidden, 1)
+        self.mix = nn.Conv1d(hidden, hidden, 9, padding=4, padding_mode="circular")
+        self.norms = nn.ModuleList([nn.GroupNorm(8, hidden) for _ in range(2)])
+        self.logit = nn.Conv1d(hidden, 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        weight = self.project.weight
+        rows = features.to(weight.dtype)
+        rows = rows.transpose(1, 2) if rows.ndim == 3 else rows.flatten(2)
+        size = torch.linalg.matrix_norm(weight[:, :, 0], ord=2)
+        h = leaky_relu(self.norms[0](conv1d(rows, weight / size, self.project.bias)), 0.2)
+        h = (h + leaky_relu(self.norms[1](self.mix(h)), 0.2)) / 2**0.5
+        logits: Tensor = self.logit(h)[:, 0]
         return logits

@@ -13,7 +13,7 @@ update; recomputation under gradient checkpointing runs under the role of its fo
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.models.denoiser import Denoiser, Network
-from fastdiff.models.discriminator import features_at
+from fastdiff.models.discriminator import features_at, maps_at
 from fastdiff.models.law import LawDenoiser
 from fastdiff.models.teacher import Teacher
 
@@ -235,6 +235,16 @@ class Roles:
         tapped = self.teacher.family.bottleneck(self.backbone(name))
         network = Denoiser(self.network(name), self.teacher.process, self.teacher.prediction_type)  # also where a law answers
         return self.watched(name, features_at(tapped, lambda: network(x_t, t, cond)))
+
+    def feature_maps(self, name: str, taps: Sequence[int], x_t: Tensor, t: Tensor, cond: Any) -> list[Tensor]:
+        """What some of a role's blocks (``Family.blocks``; ``taps`` rise) make of x_t, in one forward that ends with the last.
+
+        The teacher's are its network's also where a law answers in its place.
+        """
+        blocks = self.teacher.family.blocks(self.backbone(name))
+        network = Denoiser(self.network(name), self.teacher.process, self.teacher.prediction_type)
+        maps = maps_at([blocks[tap] for tap in taps], lambda: network(x_t, t, cond))
+        return [*maps[:-1], self.watched(name, maps[-1])]
 
     def denoiser(self, name: str) -> Denoiser:
         """The role as a denoiser under the teacher's process and prediction type."""

@@ -115,7 +115,8 @@ class Teacher:
             options: ``encode`` (prompts to a condition), ``decode`` (samples to images), ``lora_targets`` (all linear layers),
                 ``call(module, x_t, network_time, cond)``, ``time_embedding`` (the name of the layer that puts out the embedded time
                 [B, D], and D: where a method that has cameras adds theirs), ``bottleneck`` (the name of a layer that puts out
-                features [B, width], and width: what a discriminator looks at).
+                features [B, width], and width: what a discriminator looks at), ``blocks`` (several such, in the order in which they
+                run, for one of many levels; else it has the bottleneck alone).
         """
         return cls(Module(module, process, prediction_type, shape, **options), name=name, prompts=prompts, law=law)
 

@@ -95,7 +95,7 @@ fresh noise between them, are at times {times}. Any other number up to {original
 
 _TCD = """`scheduler/` is a `TCDScheduler` on the {original} times that the student was distilled at; {steps} steps are at times
 {times}. Any other number up to {original} works, and so does any eta from 0 (deterministic) to 1 (noise wholly fresh). **Name
-both in the call**: `StableDiffusionPipeline` takes 50 steps and eta 0 unasked, whatever the scheduler's own defaults are."""
+both in the call**: the pipeline takes another number of steps and eta 0 unasked, whatever the scheduler's own defaults are."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Few-step students of variance-preserving teachers whose pipeline has to be told their number of steps: SDXL, PixArt, DiT, DDPM.
 
     consistency   the teacher's stock pipeline with LCMScheduler on exactly the student's times
+    tcd           the same with TCDScheduler
     ddim          the same with DPMSolverMultistepScheduler of order 1, which is DDIM; of a DDPM, DDIMPipeline with DDIMScheduler
 
 Their pipelines take 50 or 20 steps and guide unless told otherwise, and a folder cannot say so: the student's call carries both.
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastdiff.models.teacher import Teacher
 from fastdiff.models.tokenizers import add_slow_files
 from fastdiff.pipelines.export import Schedule
-from fastdiff.pipelines.few_step import checked, ddim_scheduler, lcm_scheduler
+from fastdiff.pipelines.few_step import checked, ddim_scheduler, lcm_scheduler, tcd_scheduler
 
 _CARD = """`scheduler/` is a `{scheduler}`, whose steps the call has to number: {steps}, at times {times}, {between}."""
 
@@ -31,17 +32,20 @@ class ToldSchedule(Schedule):
 
     @property
     def call(self) -> dict[str, Any]:
-        return {"num_inference_steps": len(self.times), "guidance_scale": self.guidance_scale or 1.0, **self.size}
+        eta = {"eta": self.eta} if self.sampler == "tcd" else {}
+        return {"num_inference_steps": len(self.times), "guidance_scale": self.guidance_scale or 1.0, **eta, **self.size}
 
     @property
     def fresh(self) -> bool:
         """Whether the steps are LCM's: with noise between them, or only one."""
-        return self.sampler == "consistency" or len(self.times) == 1
+        return self.sampler == "consistency" or (len(self.times) == 1 and self.sampler != "tcd")
 
     def parts(self, teacher: Teacher) -> tuple[type, Any]:
         times = [int(time) for time in self.times]
         table: Tensor = teacher.process.alphas_cumprod  # type: ignore[attr-defined]
-        if self.fresh:
+        if self.sampler == "tcd":
+            scheduler = tcd_scheduler(teacher.pipeline.scheduler.config, times, len(table), self.original_steps or len(times))
+        elif self.fresh:
             scheduler = lcm_scheduler(teacher.pipeline.scheduler.config, times, len(table), self.original_steps)
         else:
             scheduler = ddim_scheduler(table, times, teacher.prediction_type, asked=len(times))
@@ -58,6 +62,8 @@ class ToldSchedule(Schedule):
         return ""
 
     def card(self) -> dict[str, str]:
+        if self.sampler == "tcd":
+            return super().card()
         scheduler = "LCMScheduler" if self.fresh else "DPMSolverMultistepScheduler"
         between = "with fresh noise between them" if self.fresh else "deterministic"
         steps, times = len(self.times), ", ".join(map(str, self.times))

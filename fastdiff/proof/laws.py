@@ -76,7 +76,7 @@ def _call_unet(network: nn.Module, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
 
 
 _CONVOLUTIONS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_out")
-_HIDDEN = {"bottleneck": ("hidden", 128)}
+_HIDDEN = {"bottleneck": ("hidden", 128), "blocks": [(f"hidden.{i}", 128) for i in (1, 3, 5)]}
 LAWS: dict[str, KnownLaw] = {
     "ring": KnownLaw(GaussianMixture.ring, lambda: TimeMLP(2), 8000, 1500, 512, _HIDDEN),
     "gaussian": KnownLaw(Gaussian.anisotropic, lambda: TimeMLP(16), 8000, 1500, 512, _HIDDEN),
@@ -88,6 +88,7 @@ LAWS: dict[str, KnownLaw] = {
         8000,
         1500,
         512,
+        options=_HIDDEN,
         process=RectifiedFlow,
         prediction_type="flow_prediction",
     ),
@@ -108,6 +109,7 @@ LAWS: dict[str, KnownLaw] = {
         8000,
         1500,
         512,
+        options=_HIDDEN,
         process=RectifiedFlow,
         prediction_type="flow_prediction",
     ),

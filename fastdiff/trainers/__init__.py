@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdiff.trainers.add import ADD
     from fastdiff.trainers.consistency import Consistency
     from fastdiff.trainers.ctm import CTM
     from fastdiff.trainers.diff_instruct import DiffInstruct
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.dmd2 import DMD2
     from fastdiff.trainers.f_distill import FDistill
     from fastdiff.trainers.hyper_sd import HyperSD
+    from fastdiff.trainers.ladd import LADD
     from fastdiff.trainers.lcm import LCM
     from fastdiff.trainers.lcm_lora import LCMLoRA
     from fastdiff.trainers.meanflow import MeanFlow
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from fastdiff.trainers.progressive import ProgressiveDistillation
     from fastdiff.trainers.prolific_dreamer import ProlificDreamer
     from fastdiff.trainers.reflow import Reflow
+    from fastdiff.trainers.sana_sprint import SanaSprint
     from fastdiff.trainers.scm import SCM
     from fastdiff.trainers.shortcut import Shortcut
     from fastdiff.trainers.sid import SiD
@@ -30,9 +33,11 @@ if TYPE_CHECKING:
     from fastdiff.trainers.teacher_score_matching import TeacherScoreMatching
 
 __all__ = [
+    "ADD",
     "CTM",
     "DMD",
     "DMD2",
+    "LADD",
     "LCM",
     "PCM",
     "SCM",
@@ -50,6 +55,7 @@ __all__ = [
     "ProgressiveDistillation",
     "ProlificDreamer",
     "Reflow",
+    "SanaSprint",
     "Shortcut",
     "SiD",
     "SwiftBrush",
@@ -58,12 +64,14 @@ __all__ = [
 ]
 _HOMES = {
     "CTM": "ctm",
+    "ADD": "add",
     "Consistency": "consistency",
     "DMD": "dmd",
     "DMD2": "dmd2",
     "DiffInstruct": "diff_instruct",
     "FDistill": "f_distill",
     "HyperSD": "hyper_sd",
+    "LADD": "ladd",
     "LCM": "lcm",
     "LCMLoRA": "lcm_lora",
     "MeanFlow": "meanflow",
@@ -76,6 +84,7 @@ _HOMES = {
     "SCM": "scm",
     "SNOOPI": "snoopi",
     "Shortcut": "shortcut",
+    "SanaSprint": "sana_sprint",
     "SiD": "sid",
     "SwiftBrush": "swiftbrush",
     "SwiftBrushV2": "swiftbrush_v2",

@@ -68,11 +68,11 @@ class StoredPairs(Method):
         """Pairs that each of ``world_size`` processes makes."""
         return -(-self.pairs // world_size)
 
-    def draw_pairs(self, batch: Batch, *, own: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def draw_pairs(self, batch: Batch, *, own: bool = False, name: str = "pairs") -> tuple[Tensor, Tensor, Tensor]:
         """Noise, result and condition of pairs drawn uniformly; ``own`` are those of the prompts that the student is for."""
         assert self._pairs is not None, "prepare() was not called"
         choice = _of_part(self._pairs, batch.prompts) if own and batch.prompts.part is not None else None
-        index = batch.draws.integers("pairs", 0, len(self._pairs) if choice is None else len(choice))
+        index = batch.draws.integers(name, 0, len(self._pairs) if choice is None else len(choice))
         device, rows = batch.teacher.device, index.to(self._pairs.prompt.device)
         rows = rows if choice is None else choice[rows]
         cond = batch.prompts.conditions(self._pairs.prompt[rows])

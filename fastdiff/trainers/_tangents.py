@@ -155,10 +155,18 @@ def _like(cond: Any, y: Tensor) -> Any:
     return cond.to(y) if cond.is_floating_point() else cond
 
 
-def choose_estimator(preparation: Preparation, asked: str, seen: Seen, *, single_call: bool = False) -> Estimator:
+def choose_estimator(
+    preparation: Preparation,
+    asked: str,
+    seen: Seen,
+    *,
+    single_call: bool = False,
+    backbone: nn.Module | None = None,
+    told: Callable[[Any], Any] = lambda cond: cond,
+) -> Estimator:
     """The estimator ``asked`` for, or, of ``auto``, the one that ``choose_jvp`` measures to be right; its choice is said aloud.
 
-    Measured once on four samples with the teacher's network, which is where the student begins.
+    Measured once on four samples with the network that the student begins as: the teacher's, or ``backbone``, given ``told(cond)``.
 
     Raises:
         UserError: the network rounds its times, or the estimator asked for does not give its derivative.
@@ -171,7 +179,8 @@ def choose_estimator(preparation: Preparation, asked: str, seen: Seen, *, single
     low, high = Estimator("central", step=max(STEPS)).within(*seen.ends)
     t = low + (high - low) * torch.linspace(0.2, 0.95, 4, dtype=torch.float64, device=teacher.device)
     try:
-        choice = choose_jvp(_Measured(teacher, teacher.family.backbone, seen, cond), (y, t), seen.tangents(direction, t))
+        measured = _Measured(teacher, backbone or teacher.family.backbone, seen, told(cond))
+        choice = choose_jvp(measured, (y, t), seen.tangents(direction, t))
     except ValueError as error:
         raise UserError(f"{teacher.name} has no derivative that a student could learn from: {error}") from error
     name = _named(choice, asked, teacher.name)

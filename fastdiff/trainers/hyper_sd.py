@@ -226,9 +226,7 @@ class HyperSD(OneStepDistilled, FeedbackLearned, JumpDiscriminated):
         """The merged pipeline, and the adapter beside it."""
         delivered = super().deliver(finished)
         if finished.teacher.pipeline is not None:
-            told = "".join(
-                f"{key}={value}, " for key, value in self.schedule(finished.teacher).call.items() if key != "guidance_scale"
-            )
-            options = {"scheduler": "TCDScheduler", "call": told, "prompt": finished.prompts[0]}
+            call = self.schedule(finished.teacher).call
+            options: dict[str, Any] = {"scheduler": "TCDScheduler", "call": call, "prompt": finished.prompts[0]}
             export_adapter(finished.teacher.pipeline, finished.adapter, finished.folder, **options)
         return delivered

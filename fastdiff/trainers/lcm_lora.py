@@ -13,7 +13,7 @@ the student is not told, and so learns a mean of.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -82,7 +82,8 @@ class LCMLoRA(LatentConsistency):
         """The merged pipeline, and the adapter beside it."""
         delivered = super().deliver(finished)
         if finished.teacher.pipeline is not None:
-            told = {"scheduler": "LCMScheduler", "call": f"num_inference_steps={self.steps}, ", "prompt": finished.prompts[0]}
+            call = {"num_inference_steps": self.steps, **finished.teacher.family.call}
+            told: dict[str, Any] = {"scheduler": "LCMScheduler", "call": call, "prompt": finished.prompts[0]}
             export_adapter(finished.teacher.pipeline, finished.adapter, finished.folder, **told)
         return delivered
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fastdiff.diffusion.guidance import Scale
 from fastdiff.diffusion.matching import match_state
 from fastdiff.diffusion.prediction import Prediction
 from fastdiff.diffusion.process import LEVELS, TrigFlow, expand
@@ -36,8 +37,6 @@ from fastdiff.trainers._tangents import FORWARDS, Estimator, angles, choose_esti
 from fastdiff.trainers.method import Batch, Calls, Paper, Preparation, Prepared, Trial
 from fastdiff.trainers.trajectory import Sampler
 
-WARMUP = 10_000
-"""Iterations of the paper's tangent warm-up."""
 _CHOICES = {
     "kind": ("scd", "sct"),
     "normalisation": ("norm", "rms", "clip"),
@@ -114,6 +113,8 @@ class SCM(StoredPairs):
         ),
     }
     sampler: ClassVar[Sampler] = "consistency"
+    papers_warmup: ClassVar[int] = 10_000
+    """Iterations of the paper's tangent warm-up."""
 
     kind: Literal["scd", "sct"] = "scd"
     """Whose velocity the student follows: the teacher's (scd) or that from noise to data (sct), which no teacher is asked for."""
@@ -205,8 +206,12 @@ class SCM(StoredPairs):
         seen = under_trigflow(preparation.teacher.process, self.sigma_data)
         estimator = choose_estimator(preparation, self.jvp, seen, single_call=self.single_call)
         self._begin(estimator, preparation.teacher)
+        self._grow(preparation)
+
+    def _grow(self, preparation: Preparation) -> None:
+        """Settle the warm-up of a run of this length, if no setting does."""
         if self.tangent_warmup is None:
-            self._warmup = min(WARMUP, preparation.max_steps // 4)
+            self._warmup = min(self.papers_warmup, preparation.max_steps // 4)
             preparation.say(f"the tangent grows in over {self._warmup} iterations (tangent_warmup).")
 
     def prepare_blank(self, teacher: Teacher, world_size: int) -> Prepared:
@@ -214,19 +219,19 @@ class SCM(StoredPairs):
         return super().prepare_blank(teacher, world_size)
 
     def _begin(self, estimator: Estimator, teacher: Teacher) -> None:
-        self._warmup = WARMUP if self.tangent_warmup is None else self.tangent_warmup
+        self._warmup = self.papers_warmup if self.tangent_warmup is None else self.tangent_warmup
         self._estimator = estimator
         self._range = estimator.within(*angles(teacher.process, self.sigma_data))
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         sd = self.sigma_data
         x_t, t, velocity, cond = self._moments(batch, roles)
-        network = trigflow_network(roles.denoiser("student"), sd, cond)
+        network = trigflow_network(roles.denoiser("student"), sd, self.told(cond, batch))
         primals, tangents = (x_t / sd, t), premultiplied_tangents(velocity, t, sigma_data=sd)
         prediction, frozen, jvp = self._estimator(network, primals, tangents)
         if self.single_call:
             roles.watched("student", prediction)
-        warmup = min(1.0, batch.draws.key[2] / self._warmup) if self._warmup else 1.0
+        warmup = min(1.0, self.iteration(batch) / self._warmup) if self._warmup else 1.0
         g = scm_tangent(x_t, t, frozen, velocity, jvp, sigma_data=sd, warmup=warmup)
         g = normalise_tangent(g, kind=self.normalisation, c=self.c)
         weight = inverse_sigma_weight(t, sigma_data=sd) if self.extra_weight == "inv_sigma" else 1.0
@@ -242,12 +247,32 @@ class SCM(StoredPairs):
             return x_t, t, expand(t.cos(), z) * z - expand(t.sin(), x0) * x0, cond
         process, teacher = TrigFlow(sigma_data=self.sigma_data), roles.denoiser("teacher").continuous()
         state, time = match_state(x_t, t, process, teacher.process)
-        guided = teacher.guided(state, time, cond, batch.null, self.guidance_scale)
+        guided = teacher.guided(state, time, cond, batch.null, self.scale(batch))
         return x_t, t, Prediction(x_t, t, guided.x0, process).velocity, cond
+
+    def iteration(self, batch: Batch) -> int:
+        """How many iterations of this loss were before."""
+        return batch.draws.key[2]
+
+    def scale(self, batch: Batch) -> Scale:
+        """Guidance of the teacher: a number, or one a sample [B]."""
+        del batch
+        return self.guidance_scale
+
+    def told(self, cond: Any, batch: Batch) -> Any:
+        """What the student is given of the condition: all of it, and no more."""
+        del batch
+        return cond
 
     def drawn_times(self, batch: Batch) -> Tensor:
         """TrigFlow times [B], float64, in the range that the teacher's process reaches."""
-        low, high = self._range
-        t = trig_log_normal(batch.draws.normal("tau", ()).double(), self.log_mean, self.log_std, sigma_data=self.sigma_data)
-        at_end = batch.draws.uniform("at_end") < self.max_time_share
-        return t.clamp(low, high).masked_fill(at_end, high)
+        return self.angles(batch, "tau").masked_fill(self.at_end(batch), self._range[1])
+
+    def at_end(self, batch: Batch) -> Tensor:
+        """Which samples [B] are put at the last time."""
+        return batch.draws.uniform("at_end") < self.max_time_share
+
+    def angles(self, batch: Batch, name: str) -> Tensor:
+        """The log-normal times alone."""
+        t = trig_log_normal(batch.draws.normal(name, ()).double(), self.log_mean, self.log_std, sigma_data=self.sigma_data)
+        return t.clamp(*self._range)

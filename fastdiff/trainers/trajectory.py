@@ -42,11 +42,26 @@ def trajectory(
     Raises:
         ValueError: fresh noise is needed and nothing gives any.
     """
-    process, found = student.process, list[Prediction]()
-    x = process.initial_scale * noise
+    times = [student.process.at_level(torch.tensor(level)) for level in levels]
+    return through(student, noise, cond, times, sampler, generators, eta=eta)
+
+
+def through(
+    student: Denoiser,
+    noise: Tensor,
+    cond: Any,
+    times: Sequence[Tensor],
+    sampler: Sampler,
+    generators: Generators | Callable[[int], Tensor] = None,
+    *,
+    eta: float = 0.0,
+) -> list[Prediction]:
+    """``trajectory`` at times [K] of the student's process itself, each a scalar."""
+    found = list[Prediction]()
+    x = student.process.initial_scale * noise
     deterministic = sampler == "ddim" or (sampler == "tcd" and eta == 0)
-    for i, level in enumerate(levels):
-        t = _time(process, level, len(noise), noise.device)
+    for i, time in enumerate(times):
+        t = time.to(noise.device).expand(len(noise))
         if i > 0 and deterministic:
             x = ddim_step(found[-1], t)
         elif i > 0:
@@ -64,11 +79,6 @@ def own_generators(n: int) -> list[torch.Generator]:
 def own_noise(like: Tensor) -> Tensor:
     """The first noise that a pipeline draws from ``own_generators`` where its call takes none, like ``like`` [B, ...]."""
     return fresh_noise(like, own_generators(len(like)))
-
-
-def _time(process: Any, level: int, n: int, device: torch.device) -> Tensor:
-    time: Tensor = process.at_level(torch.tensor(level)).to(device)
-    return time.expand(n)
 
 
 def fresh_noise(like: Tensor, generators: Generators) -> Tensor:

@@ -76,6 +76,14 @@ class Family(ABC):
         """The module of a backbone whose output discriminators look at."""
         raise NotImplementedError(f"{type(self).__name__} has no bottleneck for a discriminator.")
 
+    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
+        """The blocks of a backbone, in the order in which they run, that a discriminator of many levels looks at."""
+        return [self.bottleneck(backbone)]
+
+    def block_heads(self) -> list[nn.Module]:
+        """A discriminator head for the features of each of ``blocks``: logits [B] or [B, N]."""
+        return [self.head()]
+
     def time_embedding(self, backbone: nn.Module) -> tuple[nn.Module, int]:
         """The layer of a backbone that puts out the embedded time [B, D], and D.
 
@@ -91,6 +99,10 @@ class Family(ABC):
             NotImplementedError: this family has no such network.
         """
         raise NotImplementedError(f"{type(self).__name__} has no network that is told its guidance scale.")
+
+    def sprint_network(self) -> Callable[[nn.Module], nn.Module] | None:
+        """What makes of a backbone the network that a stock pipeline of sCM students calls; None where there is no such one."""
+        return None
 
     @property
     def call(self) -> dict[str, Any]:

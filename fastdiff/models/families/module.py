@@ -35,12 +35,13 @@ class Module(Family):
         call: Callable[[nn.Module, Tensor, Tensor, Any], Tensor] | None = None,
         time_embedding: tuple[str, int] | None = None,
         bottleneck: tuple[str, int] | None = None,
+        blocks: Sequence[tuple[str, int]] = (),
     ) -> None:
         self.module, self._process, self._shape = module, (process, prediction_type), tuple(shape)
         if prediction_type not in PREDICTION_TYPES:
             raise UserError(f"prediction_type is {prediction_type!r}: expected one of {', '.join(PREDICTION_TYPES)}.")
         self._encode, self._decode, self._call = encode, decode, call
-        self._time_embedding, self._bottleneck = time_embedding, bottleneck
+        self._time_embedding, self._bottleneck, self._blocks = time_embedding, bottleneck, tuple(blocks)
         self.lora_targets = tuple(lora_targets) or _linear_layers(module)
 
     @property
@@ -77,6 +78,12 @@ class Module(Family):
         if not hasattr(self.module, "with_guidance_embedding"):
             return super().guidance_embedding()
         return lambda backbone: backbone.with_guidance_embedding()  # type: ignore[operator]
+
+    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
+        return [backbone.get_submodule(name) for name, _ in self._blocks] or super().blocks(backbone)
+
+    def block_heads(self) -> list[nn.Module]:
+        return [VectorHead(width) for _, width in self._blocks] or super().block_heads()
 
     def encode(self, prompts: list[str]) -> Any:
         if self._encode is not None:

@@ -1,19 +1,23 @@
 """SANA: a linear-attention transformer on the latents of a deep-compression autoencoder, text by Gemma 2, rectified flow.
 
-Network call ``transformer(x_t, states, 1000 t, encoder_attention_mask=mask)``, predicting ``v = eps - x0``; latents are
-``scaling_factor`` times the autoencoder's. A condition holds text states [B, L, C] and their mask [B, L]. Prompts are encoded under
-the instruction that the pipeline's call puts before them by default; the empty one without it, as its negative prompt is.
+Network call ``transformer(x_t, states, 1000 t k, encoder_attention_mask=mask)``, k the network's ``timestep_scale``, predicting
+``v = eps - x0``; latents are ``scaling_factor`` times the autoencoder's. One with a guidance embedding gets its condition's
+scale. A condition holds text states [B, L, C] and their mask [B, L]. Prompts are encoded under the instruction that the
+pipeline's call puts before them by default; the empty one without it, as its negative prompt is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.diffusion.process import NoiseProcess, RectifiedFlow
+from fastdiff.models.condition import split_guidance
 from fastdiff.models.denoiser import Network
-from fastdiff.models.discriminator import TokenHead
+from fastdiff.models.discriminator import PositionHead, TokenHead
 from fastdiff.models.families.base import Family, decoded, default, process_of, window
+from fastdiff.models.sprint_network import sprint_network
 
 
 class Sana(Family):
@@ -31,15 +35,21 @@ class Sana(Family):
         return process_of(self.pipeline.scheduler, RectifiedFlow, needs)
 
     def network(self, backbone: nn.Module) -> Network:
-        scale = self.pipeline.transformer.config.timestep_scale
+        config: Any = backbone.config
 
         def call(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
             dtype = next(backbone.parameters()).dtype
-            states, mask = cond["states"].to(dtype), cond["mask"]
-            output: Tensor = backbone(x_t.to(dtype), states, t * scale, encoder_attention_mask=mask, return_dict=False)[0]
+            text, scale = split_guidance(cond)
+            states, mask = text["states"].to(dtype), text["mask"]
+            told = {} if scale is None else {"guidance": scale.to(dtype) * config.guidance_embeds_scale}
+            time = t * config.timestep_scale
+            output: Tensor = backbone(x_t.to(dtype), states, time, encoder_attention_mask=mask, return_dict=False, **told)[0]
             return output[:, : x_t.shape[1]]  # a learned variance, if any, comes after the velocity
 
         return call
+
+    def sprint_network(self) -> Callable[[nn.Module], nn.Module]:
+        return sprint_network
 
     def bottleneck(self, backbone: nn.Module) -> nn.Module:
         blocks: Any = backbone.transformer_blocks
@@ -49,6 +59,14 @@ class Sana(Family):
     def head(self) -> nn.Module:
         config = self.pipeline.transformer.config
         return TokenHead(config.num_attention_heads * config.attention_head_dim, config.sample_size // config.patch_size)
+
+    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
+        return list(backbone.transformer_blocks)  # type: ignore[arg-type]
+
+    def block_heads(self) -> list[nn.Module]:
+        config = self.pipeline.transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return [PositionHead(width) for _ in range(config.num_layers)]
 
     def time_embedding(self, backbone: nn.Module) -> tuple[nn.Module, int]:
         time: Any = backbone.time_embed

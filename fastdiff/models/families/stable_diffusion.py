@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdiff.diffusion.process import DiscreteVP, NoiseProcess
 from fastdiff.models.condition import split_guidance
 from fastdiff.models.denoiser import Network
-from fastdiff.models.discriminator import FeatureHead
+from fastdiff.models.discriminator import FeatureHead, PositionHead
 from fastdiff.models.families.base import Family, decoded, process_of
 from fastdiff.models.guidance_embedding import embed_guidance, guidance_width, with_guidance_embedding
 
@@ -51,6 +51,15 @@ class StableDiffusion(Family):
     def bottleneck(self, backbone: nn.Module) -> nn.Module:
         module: nn.Module = backbone.mid_block  # type: ignore[assignment]
         return module
+
+    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
+        """Of the encoder, and the bottleneck."""
+        unet: Any = backbone
+        return [*unet.down_blocks, unet.mid_block]
+
+    def block_heads(self) -> list[nn.Module]:
+        widths = self.pipeline.unet.config.block_out_channels
+        return [PositionHead(width) for width in (*widths, widths[-1])]
 
     def time_embedding(self, backbone: nn.Module) -> tuple[nn.Module, int]:
         layer: Any = backbone.time_embedding

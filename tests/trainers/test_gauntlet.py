@@ -34,6 +34,7 @@ from short_runs import (
 from tiny import tiny_flow_teacher, tiny_teacher
 from torch import Tensor
 
+import fastdiff.pipelines.export as export
 from fastdiff import Trainer
 from fastdiff.diffusion.exact import GaussianMixture
 from fastdiff.diffusion.process import EDM, NoiseProcess, RectifiedFlow, TrigFlow
@@ -41,6 +42,7 @@ from fastdiff.errors import UserError
 from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.scenes import load_scenes
 from fastdiff.models.teacher import Teacher
+from fastdiff.pipelines.export import Exported, verify_exports
 from fastdiff.proof import laws
 from fastdiff.proof.certify import METRICS
 from fastdiff.trainers._jumps import JumpMethod
@@ -315,20 +317,32 @@ PIPELINES = [kind for kind in METHODS if kind.delivers == "pipeline"]
 SCENES = [kind for kind in METHODS if kind.delivers == "scenes"]
 
 
-@pytest.mark.parametrize("kind", PIPELINES, ids=[kind.name() for kind in PIPELINES])
-def test_the_exported_folder_repeats_the_student_by_a_bare_call_of_plain_diffusers(kind: type[Method], tmp_path: Path) -> None:
+def test_the_exported_folders_repeat_their_students_in_plain_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a bare call where a stock class can be called bare; one process without fastdiff reads all folders."""
     from diffusers import DiffusionPipeline
 
-    run = trainer(dataclasses.replace(next(iter(variants_of(kind).values()))), tmp_path, max_steps=2)
-    run.train()
-    assert run.result["export_max_abs_diff"] < 1e-5
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
-    calls: list[int] = []
-    pipeline.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
-    told = run.method.schedule(run.teacher).call if run.method.sampler == "tcd" else {}  # no stock class takes such steps unasked
-    pipeline("a red boot on a white background", **told)
-    assert calls == [1] * len(run.method.levels())
+    exported: dict[str, Exported] = {}
+
+    def kept(folder: Path, *given: Any) -> float:
+        exported[folder.name] = Exported(folder, *given)
+        return 0.0
+
+    monkeypatch.setattr(export, "verify_export", kept)
+    for kind in PIPELINES:
+        run = trainer(dataclasses.replace(next(iter(variants_of(kind).values()))), tmp_path / kind.name(), max_steps=2)
+        run.train()
+        pipeline = DiffusionPipeline.from_pretrained(run.folder, use_safetensors=True)
+        pipeline.set_progress_bar_config(disable=True)
+        calls: list[int] = []
+        pipeline.unet.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(len(inputs[0])))
+        told = (
+            run.method.schedule(run.teacher).call if run.method.sampler == "tcd" else {}
+        )  # no stock class takes such steps unasked
+        pipeline("a red boot on a white background", **told)
+        assert calls == [1] * len(run.method.levels()), kind.name()
+    differences = dict(zip(exported, verify_exports(list(exported.values())), strict=True))
+    assert differences.keys() == {kind.name() for kind in PIPELINES}
+    assert max(differences.values()) < 1e-5, differences
 
 
 @pytest.mark.parametrize("kind", SCENES, ids=[kind.name() for kind in SCENES])

@@ -18,13 +18,13 @@ def main(
     output: Path = Path("runs/ctm"),
     max_steps: int = 1000,
     guidance_scale: float = 3.0,
-    teacher_steps: int = 2,
+    solver_steps: int = 2,
     decay: float = 0.999,
     steps: int = 1,
     lr: float = 1e-4,
     seed: int = 0,
 ) -> None:
-    method = CTM(guidance_scale=guidance_scale, teacher_steps=teacher_steps, decay=decay, steps=steps, lr=lr)
+    method = CTM(guidance_scale=guidance_scale, solver_steps=solver_steps, decay=decay, steps=steps, lr=lr)
     trainer = Trainer(method, Teacher.from_pretrained(teacher), prompts=prompts, output_dir=output, max_steps=max_steps, seed=seed)
     pipeline = trainer.train()
     pipeline(trainer.prompts.prompts[0], **own_call(pipeline)).images[0].save(output / "sample.png")

@@ -80,9 +80,10 @@ class LatentConsistency(StoredPairs):
     def validate(self, teacher: Teacher) -> None:
         flow = isinstance(teacher.process, RectifiedFlow) and teacher.pipeline is not None
         if flow and self.steps > 2 and self.original_steps % self.steps:
+            even = self.original_steps // self.steps * self.steps
             raise UserError(
-                f"original_steps is {self.original_steps} and steps {self.steps}: the times of the student would be uneven, and no "
-                f"stock scheduler of a flow visits them. Give original_steps={self.original_steps // self.steps * self.steps}."
+                f"original_steps is {self.original_steps} and steps {self.steps}: the times of a student of {teacher.name} would be "
+                f"uneven, and no stock scheduler of a flow visits them. Give original_steps={even}."
             )
 
     def schedule(self, teacher: Teacher) -> Schedule:

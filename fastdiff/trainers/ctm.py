@@ -72,7 +72,7 @@ class CTM(JumpMethod):
 
     grid_size: int = 18
     """N: times of the soft consistency are the places i / N of the path."""
-    teacher_steps: int = 2
+    solver_steps: int = 2
     """Heun steps that lead the teacher from t to s, which is 1 to that many places earlier."""
     decay: float = 0.999
     """Share of itself that the average keeps at each update."""
@@ -83,9 +83,9 @@ class CTM(JumpMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.teacher_steps <= self.grid_size <= LEVELS:
+        if not 1 <= self.solver_steps <= self.grid_size <= LEVELS:
             raise UserError(
-                f"teacher_steps is {self.teacher_steps} with grid_size {self.grid_size}: expected 1 <= teacher_steps <= grid_size "
+                f"solver_steps is {self.solver_steps} with grid_size {self.grid_size}: expected 1 <= solver_steps <= grid_size "
                 f"<= {LEVELS}, or s would lie beyond the end."
             )
         if not 0 <= self.decay < 1 or self.denoising_weight < 0 or not 0 <= self.gamma <= 1:
@@ -108,7 +108,7 @@ class CTM(JumpMethod):
     def calls(self, updates: tuple[str, ...]) -> dict[str, Calls]:
         """The denoising term's own call, and what both terms take back to the last layer for lambda."""
         student = Calls(2, 4) if self.denoising_weight else Calls(1, 1)
-        return {"student": student, TARGET: Calls(3, 1), "teacher": Calls(2 * self.teacher_steps * self.asked(), 0)}
+        return {"student": student, TARGET: Calls(3, 1), "teacher": Calls(2 * self.solver_steps * self.asked(), 0)}
 
     def schedule(self, teacher: Teacher) -> Schedule:
         """That of the deterministic jumps.
@@ -139,10 +139,10 @@ class CTM(JumpMethod):
         return {"ctm": soft, "denoising": self.denoising_weight * weight * denoising}
 
     def triple(self, batch: Batch) -> Triple:
-        """t uniform on the grid, s up to ``teacher_steps`` places after it, u uniform on what is left, the end among it."""
+        """t uniform on the grid, s up to ``solver_steps`` places after it, u uniform on what is left, the end among it."""
         n = self.grid_size
         start = (batch.draws.uniform("t") * n).floor() + 1
-        gap = (batch.draws.uniform("s") * start.clamp(max=self.teacher_steps)).floor() + 1
+        gap = (batch.draws.uniform("s") * start.clamp(max=self.solver_steps)).floor() + 1
         end = (batch.draws.uniform("u") * (start - gap + 1)).floor()
         return Triple(*(self._places.time(i / n) for i in (start, start - gap, end)))
 
@@ -174,8 +174,8 @@ class CTM(JumpMethod):
         places = self._places
         first, last = places.of(at.t), places.of(at.s)
         x, t = x_t, at.t
-        for i in range(1, self.teacher_steps + 1):
-            after = places.time(first + (last - first) * i / self.teacher_steps)
+        for i in range(1, self.solver_steps + 1):
+            after = places.time(first + (last - first) * i / self.solver_steps)
             v = self.teacher_velocity(x, t, cond, batch, roles)
             euler = jump(x, t, after, v)
             ahead = self.teacher_velocity(euler, after.clamp(min=places.low), cond, batch, roles)

@@ -240,8 +240,12 @@ def test_another_pipeline_class_is_refused_by_name() -> None:
         up_block_types=("UpBlock2D",),
         norm_num_groups=4,
     )
-    with pytest.raises(UserError, match=r"DDPMPipeline.*StableDiffusionPipeline"):
-        Teacher(DDPMPipeline(unet, DDPMScheduler()))
+
+    class Unheard(DDPMPipeline):
+        pass
+
+    with pytest.raises(UserError, match=r"Unheard.*StableDiffusionPipeline"):
+        Teacher(Unheard(unet, DDPMScheduler()))
 
 
 def test_a_flow_scheduler_in_a_known_pipeline_is_a_mistake_of_the_user() -> None:

@@ -15,7 +15,7 @@ from fastdiff.models.condition import with_guidance
 from fastdiff.models.denoiser import Denoiser
 from fastdiff.models.guidance_embedding import with_guidance_embedding
 from fastdiff.models.teacher import load_pipeline
-from fastdiff.pipelines.export import Schedule, export_pipeline, verify_export
+from fastdiff.pipelines.export import Exported, Schedule, export_pipeline, verify_export, verify_exports
 from fastdiff.pipelines.few_step import own_call
 from fastdiff.pipelines.one_step import one_step_scheduler, without_guidance
 from fastdiff.trainers.method import one_step
@@ -133,19 +133,27 @@ def test_teachers_whose_student_could_not_be_saved_are_refused_before_the_traini
             Trainer(ODEPairs(), Teacher(pipeline, name="fashion"), output_dir=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "times", [[999], [999, 499], [999, 749, 499, 249], [899, 674, 449, 224], [999 - 125 * k for k in range(8)]]
-)
+TIMES = [[999], [999, 499], [999, 749, 499, 249], [899, 674, 449, 224], [999 - 125 * k for k in range(8)]]
+
+
+def test_no_lcm_scheduler_begins_below_the_last_time() -> None:
+    with pytest.raises(ValueError, match="visits"):
+        Schedule(TIMES[3], "consistency").parts(tiny_teacher())
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "consistency"])
-def test_a_few_step_folder_repeats_the_trainer_in_as_many_calls(times: list[int], sampler: str, tmp_path: Path) -> None:
+def test_few_step_folders_repeat_the_trainer_in_as_many_calls(sampler: str, tmp_path: Path) -> None:
     """The bare call, but for LCM folders of another number of steps than their pipeline's own 4."""
-    if sampler == "consistency" and times[0] != 999:
-        with pytest.raises(ValueError, match="visits"):
-            Schedule(times, sampler).parts(tiny_teacher())
-        return
+    grids = [times for times in TIMES if sampler == "ddim" or times[0] == 999]
+    exported = [few_step_folder(times, sampler, tmp_path / str(i)) for i, times in enumerate(grids)]
+    assert max(verify_exports(exported)) < 1e-5
+
+
+def few_step_folder(times: list[int], sampler: str, folder: Path) -> Exported:
+    """A teacher's own network as such a student, and the images that it must make."""
     teacher, schedule = tiny_teacher(prediction_type="v_prediction"), Schedule(times, sampler)
     assert bool(schedule.call) == (sampler == "consistency" and len(times) in {2, 8})
-    pipeline = export_pipeline(teacher, teacher.family.backbone, tmp_path, schedule, note=NOTE, prompt="x")
+    pipeline = export_pipeline(teacher, teacher.family.backbone, folder, schedule, note=NOTE, prompt="x")
     assert own_call(pipeline) == schedule.call
     with count_calls(pipeline.unet) as calls:  # what sampling and evaluation do
         pipeline_subject("student", pipeline).generate(["x"], [torch.Generator().manual_seed(0)])
@@ -156,9 +164,9 @@ def test_a_few_step_folder_repeats_the_trainer_in_as_many_calls(times: list[int]
     with torch.no_grad():
         x = trajectory(teacher.denoiser, noise, teacher.encode(prompts), times, sampler, draws)[-1].x0  # type: ignore[arg-type]
         other = one_step(teacher.denoiser, noise, teacher.encode(prompts))
-    assert verify_export(tmp_path, schedule, prompts, noise, teacher.decode(x)) < 1e-5
     if len(times) > 1:
         assert (teacher.decode(other) - teacher.decode(x)).abs().max() > 1e-4
+    return Exported(folder, schedule, prompts, noise, teacher.decode(x))
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])

@@ -26,7 +26,7 @@ from fastdiff.trainers.method import Batch, Calls, Method
 _FEW = {"pairs": 8, "pair_steps": 2}
 VARIANTS: dict[str, Method] = {
     "guided": CTM(**_FEW, guidance_scale=2.0, steps=2, decay=0.5),
-    "consistency-alone": CTM(**_FEW, guidance_scale=2.0, grid_size=10, teacher_steps=1, denoising_weight=0.0, gamma=0.5, lr=1e-3),
+    "consistency-alone": CTM(**_FEW, guidance_scale=2.0, grid_size=10, solver_steps=1, denoising_weight=0.0, gamma=0.5, lr=1e-3),
 }
 PLAIN = {"pairs": 64, "pair_steps": 8, "pair_guidance_scale": 1.0, "guidance_scale": 1.0}
 each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
@@ -97,7 +97,7 @@ def test_the_teachers_heun_steps_are_of_second_order(process: Callable, tmp_path
         times = (method._places.time(torch.full((64,), p)) for p in (0.9, 0.5, 0.0))  # type: ignore[attr-defined]
         at = Triple(*times)
         x_t = FLOW.add_noise(x0, batch.noise("eps"), at.t)
-        for method.teacher_steps in (8, 16):  # type: ignore[attr-defined]
+        for method.solver_steps in (8, 16):  # type: ignore[attr-defined]
             got = method.teacher_step(x_t, at, cond, batch, run._roles)  # type: ignore[attr-defined]
             errors.append((got - along_the_law(x_t, at)).norm())
     assert 3 < errors[0] / errors[1] < 5.5
@@ -157,7 +157,7 @@ def test_the_gradient_comes_back_through_the_average_and_stops_at_the_student(tm
 
 def test_triples_are_ordered_places_of_the_grid(tmp_path: Path) -> None:
     n = 20_000
-    with started(CTM(**PLAIN, teacher_steps=3), tmp_path, exact_teacher(PROCESSES["flow"]())) as run:
+    with started(CTM(**PLAIN, solver_steps=3), tmp_path, exact_teacher(PROCESSES["flow"]())) as run:
         at = run.method.triple(Batch(Draws(0, 0, 0, size=n, part=slice(n)), run.prompts, run.teacher))  # type: ignore[attr-defined]
     t, s, u = (18 * times for times in (at.t, at.s, at.u))
     assert all((times - times.round()).abs().max() < 1e-9 for times in (t, s, u))
@@ -280,14 +280,14 @@ def test_fresh_noise_is_refused_where_no_pipeline_could_tell_each_call_its_jump(
 
 def test_what_it_asks_by_its_settings() -> None:
     assert CTM(guidance_scale=1.0).calls(("student",)) == {"student": Calls(2, 4), "target": Calls(3, 1), "teacher": Calls(4, 0)}
-    assert CTM(denoising_weight=0, teacher_steps=1).calls(("student",))["student"] == Calls(1, 1)
+    assert CTM(denoising_weight=0, solver_steps=1).calls(("student",))["student"] == Calls(1, 1)
     assert CTM().calls(("student",))["teacher"] == Calls(8, 0)
     assert "balance" not in CTM(denoising_weight=0).roles()
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"teacher_steps": 0}, {"teacher_steps": 4, "grid_size": 3}, {"decay": 1.0}, {"denoising_weight": -1.0}, {"gamma": 1.1}],
+    [{"solver_steps": 0}, {"solver_steps": 4, "grid_size": 3}, {"decay": 1.0}, {"denoising_weight": -1.0}, {"gamma": 1.1}],
 )
 def test_settings_that_cannot_work_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(fields))):

@@ -12,8 +12,24 @@ from fastdiff.trainers import DMD2, ODEPairs
 from fastdiff.trainers._monitors import MONITORS, Monitor, Reference, fake_score_lag, look, warnings_of
 from fastdiff.trainers.health import Health
 
-SOUND = {"fake_score_lag": 0.9, "deviation": 1.0, "channel_drift": 0.2, "saturation": 0.0, "skipped": 0.0, "discriminator_loss": 1}
-TROUBLE = {"fake_score_lag": 1.5, "deviation": 0.2, "channel_drift": 2, "saturation": 0.5, "skipped": 0.1, "discriminator_loss": 0}
+SOUND = {
+    "fake_score_lag": 0.9,
+    "deviation": 1.0,
+    "channel_drift": 0.2,
+    "saturation": 0.0,
+    "skipped": 0.0,
+    "discriminator_loss": 1,
+    "drift": 0.01,
+}
+TROUBLE = {
+    "fake_score_lag": 1.5,
+    "deviation": 0.2,
+    "channel_drift": 2,
+    "saturation": 0.5,
+    "skipped": 0.1,
+    "discriminator_loss": 0,
+    "drift": 0.2,
+}
 
 
 def reference(n: int = 64) -> Reference:

@@ -314,6 +314,10 @@ def test_a_sana_student_must_be_told_a_scale_and_a_module_cannot_be(tmp_path: Pa
     with pytest.raises(UserError, match=r"guidance_choices is empty.*\(4\.5,\)"):
         trainer(SanaSprint(guidance_choices=()), tmp_path, tiny_flow_teacher())
     trainer(SanaSprint(guidance_choices=(4.5,)), tmp_path, tiny_flow_teacher())
-    module = Teacher.from_module(TimeMLP(2), RectifiedFlow(), "flow_prediction", shape=(2,), bottleneck=("hidden", 128), name="law")
+
+    class Untold(TimeMLP):
+        with_guidance_embedding = property()  # as a network of the user's, which has none
+
+    module = Teacher.from_module(Untold(2), RectifiedFlow(), "flow_prediction", shape=(2,), bottleneck=("hidden", 128), name="law")
     with pytest.raises(UserError, match=r"law: .*guidance_choices=\(\)"):
         trainer(SanaSprint(), tmp_path, module)

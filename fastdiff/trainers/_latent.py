@@ -82,8 +82,8 @@ class LatentConsistency(StoredPairs):
         if flow and self.steps > 2 and self.original_steps % self.steps:
             even = self.original_steps // self.steps * self.steps
             raise UserError(
-                f"original_steps is {self.original_steps} and steps {self.steps}: the times of a student of {teacher.name} would be "
-                f"uneven, and no stock scheduler of a flow visits them. Give original_steps={even}."
+                f"original_steps is {self.original_steps} and steps {self.steps}: the times of a student of {teacher.name} would "
+                f"be uneven, and no stock scheduler of a flow visits them. Give original_steps={even}."
             )
 
     def schedule(self, teacher: Teacher) -> Schedule:

@@ -1,6 +1,7 @@
 """Every family of teachers by methods of every kind: two updates, export, and the folder in a process without fastdiff.
 
-The folders of a third of the methods are verified by one such process, which is what takes the time. ``REFUSED`` says what does not go together.
+The folders of a third of the methods are verified by one such process, which is what takes the time. ``REFUSED`` says what does
+not go together.
 """
 
 from pathlib import Path

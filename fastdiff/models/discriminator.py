@@ -8,6 +8,7 @@ two values at one position is normalised to a sign, through which no gradient is
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,9 +35,8 @@ def maps_at(modules: Sequence[nn.Module], call: Callable[[], Any]) -> list[Tenso
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
-        call()
-    except _Tapped:
-        pass
+        with suppress(_Tapped):
+            call()
     finally:
         for handle in handles:
             handle.remove()

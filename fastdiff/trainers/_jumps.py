@@ -123,6 +123,14 @@ class JumpMethod(StoredPairs):
                 f"has no input that could tell the exported network how far to jump. {consequence}"
             )
 
+        if teacher.process.alpha(teacher.process.at_level(torch.tensor(LEVELS - 1))) == 0 and isinstance(
+            teacher.process, DiscreteVP
+        ):
+            raise UserError(
+                f"the last time of {teacher.name} has no signal (zero-terminal SNR): no path in flow time reaches it, and the "
+                "student would be called where it was not trained."
+            )
+
     def levels(self) -> list[int]:
         return trailing_times(LEVELS, self.steps)
 

@@ -112,7 +112,7 @@ class LatentConsistency(StoredPairs):
         told: Callable[[Any], Any] = lambda cond: cond,
     ) -> "Compared":
         """What the student and its target say of two points of a trajectory, the second of them by a step of ``teach``."""
-        _, x0, cond = self.draw_pairs(batch)
+        _, x0, cond = self.draw_pairs(batch, own=True)
         level, lower, edge = self.neighbours(batch.draws.integers("n", 0, self.original_steps))
         t, u = (batch.teacher.process.at_level(levels) for levels in (level, lower))
         end = self.end(batch, lower, edge)

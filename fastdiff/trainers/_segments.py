@@ -102,7 +102,7 @@ class TrajectoryConsistency(LatentConsistency):
     def kept(self, batch: Batch, roles: Roles) -> Tensor:
         """``mean |x0(x_t, t) - x0_previous(x_t, t)|^2`` at all times of the grid but the first of sampling: for stages that train
         something else, and would otherwise lose what the student of the stage before, frozen, could do."""
-        _, x0, cond = self.draw_pairs(batch)
+        _, x0, cond = self.draw_pairs(batch, own=True)
         n = batch.draws.integers("kept", 0, max(self.original_steps - 1, 1))
         t = batch.teacher.process.at_level(LEVELS // self.original_steps * (n + 1) - 1)
         x_t = batch.teacher.process.add_noise(x0, batch.noise("kept_eps"), t)

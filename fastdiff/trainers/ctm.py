@@ -126,7 +126,7 @@ class CTM(JumpMethod):
     # --- the loss
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        _, x0, cond = self.draw_pairs(batch)
+        _, x0, cond = self.draw_pairs(batch, own=True)
         at = self.triple(batch)
         x_t = FLOW.add_noise(x0, batch.noise("eps"), at.t)
         soft = self.soft_consistency(x_t, at, cond, batch, roles)

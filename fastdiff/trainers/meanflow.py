@@ -16,7 +16,9 @@ alpha-Flow (2025; a paper of its own, here as our sheet derives it, without its 
 
     target = alpha v + (1 - alpha) u(x_t - (t - s) v, s, r),   s = alpha r + (1 - alpha) t,   alpha falling from 1
 
-two jumps in the place of one, which at alpha -> 0 is MeanFlow and at 1/2 a shortcut model's.
+two jumps in the place of one, which at alpha -> 0 is MeanFlow and at 1/2 has the form of a shortcut model's, with v for its first
+half. Its residual is alpha times MeanFlow's: with the weights taken as MeanFlow's, its gradient falls with alpha, and p and c weigh
+it otherwise.
 """
 
 from collections.abc import Mapping
@@ -146,7 +148,9 @@ class MeanFlow(JumpMethod):
 
     def prepare(self, preparation: Preparation) -> None:
         super().prepare(preparation)
-        self._begin(choose_estimator(preparation, self.jvp, under_flow(self._places)))
+        derives = not self.alpha_steps or self.alpha_floor == 0
+        estimator = choose_estimator(preparation, self.jvp, under_flow(self._places)) if derives else Estimator("forward")
+        self._begin(estimator)
 
     def prepare_blank(self, teacher: Teacher, world_size: int) -> Prepared:
         found = super().prepare_blank(teacher, world_size)
@@ -158,7 +162,7 @@ class MeanFlow(JumpMethod):
         self._range = estimator.within(self._places.low, self._places.high)
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        _, x0, cond = self.draw_pairs(batch)
+        _, x0, cond = self.draw_pairs(batch, own=True)
         t, r = self.drawn_times(batch)
         eps = batch.noise("eps")
         x_t = FLOW.add_noise(x0, eps, t)

@@ -139,7 +139,7 @@ class ProgressiveDistillation(StoredPairs):
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
         process, count = batch.teacher.process, self.counts()[self.round(batch.draws.key[2])]
-        _, x0, cond = self.draw_pairs(batch)
+        _, x0, cond = self.draw_pairs(batch, own=True)
         grid = torch.tensor([*trailing_times(LEVELS, 2 * count), 0], device=x0.device)
         place = 2 * batch.draws.integers("place", 0, count).to(x0.device)
         t, middle, end = (process.at_level(grid[place + i]) for i in range(3))

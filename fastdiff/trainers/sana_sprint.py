@@ -231,7 +231,7 @@ class SanaSprint(Adversarial, SCM):
 
     def generate(self, batch: Batch, roles: Roles) -> tuple[Tensor, Any]:
         """x^ [B, ...] of the module docstring, in the student's own process, and the prompts' conditions."""
-        process, (_, x0, cond) = batch.teacher.process, self.draw_pairs(batch)
+        process, (_, x0, cond) = batch.teacher.process, self.draw_pairs(batch, own=True)
         z, end = batch.noise("gan_z"), self.at_end(batch)
         angle = self.angles(batch, "gan_tau")
         t = process.t_from_nsr(TrigFlow(sigma_data=self.sigma_data).nsr(angle))
@@ -241,10 +241,10 @@ class SanaSprint(Adversarial, SCM):
         return roles.denoiser("student")(x_t, t, self.told(cond, batch)).x0, cond
 
     def _discriminator_loss(self, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        _, real, cond = self.draw_pairs(batch)
+        _, real, cond = self.draw_pairs(batch, own=True)
         fakes: Fakes = {"fake": (batch.memo["fake"], cond, None)}
         if self.misaligned:
-            _, other, of_other = self.draw_pairs(batch, name="misaligned")
+            _, other, of_other = self.draw_pairs(batch, own=True, name="misaligned")
             fakes["misaligned"] = other, cond, (~same(cond, of_other)).float()
         return self.judging((real, cond), fakes, batch, roles)
 

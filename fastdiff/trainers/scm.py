@@ -240,7 +240,7 @@ class SCM(StoredPairs):
     @torch.no_grad()
     def _moments(self, batch: Batch, roles: Roles) -> tuple[Tensor, Tensor, Tensor, Any]:
         """x_t [B, ...], its times t [B] in float64, dx_t/dt there, and the conditions."""
-        _, x0, cond = self.draw_pairs(batch)
+        _, x0, cond = self.draw_pairs(batch, own=True)
         t, z = self.drawn_times(batch), self.sigma_data * batch.noise("eps")
         x_t = expand(t.cos(), x0) * x0 + expand(t.sin(), z) * z
         if self.kind == "sct":

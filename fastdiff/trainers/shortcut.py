@@ -101,7 +101,7 @@ class Shortcut(JumpMethod):
         roles.follow(TARGET, "student", self.decay)
 
     def loss(self, update: str, batch: Batch, roles: Roles) -> dict[str, Tensor]:
-        _, x0, cond = self.draw_pairs(batch)
+        _, x0, cond = self.draw_pairs(batch, own=True)
         t, duration, bootstrapped = self.drawn(batch)
         eps = batch.noise("eps")
         x_t = FLOW.add_noise(x0, eps, t)

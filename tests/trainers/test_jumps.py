@@ -17,6 +17,7 @@ from fastdiff.diffusion.process import EDM, DiscreteVP, NoiseProcess, RectifiedF
 from fastdiff.diffusion.solvers import ddim_step
 from fastdiff.errors import UserError
 from fastdiff.models.guidance_embedding import embed_guidance, rebased
+from fastdiff.models.mlp import TimeMLP
 from fastdiff.models.teacher import Teacher
 from fastdiff.proof import laws
 from fastdiff.trainers import CTM, MeanFlow, Shortcut
@@ -157,3 +158,10 @@ def test_settings_that_cannot_work_are_refused(method: Method) -> None:
     for fields in ({"steps": 0}, {"steps": 51}, {"lr": 0.0}):
         with pytest.raises(UserError, match=next(iter(fields))):
             type(method)(**fields)
+
+
+def test_a_table_whose_last_time_has_no_signal_is_refused() -> None:
+    table = torch.cat([laws.process().alphas_cumprod[:-1], torch.zeros(1, dtype=torch.float64)])
+    teacher = Teacher.from_module(TimeMLP(2), DiscreteVP(table), "v_prediction", shape=(2,), name="dark")
+    with pytest.raises(UserError, match="the last time of dark has no signal"):
+        Shortcut().validate(teacher)

@@ -73,6 +73,18 @@ class TrajectoryConsistency(LatentConsistency):
                 "wholly fresh noise (eta 1) only: FlowMatchEulerDiscreteScheduler has no step between. Give eta=0 or eta=1."
             )
 
+        kind = type(teacher.pipeline).__name__
+        if teacher.pipeline is not None and isinstance(teacher.process, DiscreteVP) and not teacher.family.takes_latents:
+            raise UserError(
+                f"a {kind} does not run TCDScheduler with an eta of its call: the student would be sampled by other steps than it "
+                "was trained for. Take lcm at one step, or pcm."
+            )
+        if teacher.pipeline is not None and not teacher.family.gives_noise and self.eta > 0 and self.steps > 1:
+            raise UserError(
+                f"eta is {self.eta}, and a {kind} hands its scheduler no generators: the noise between the {self.steps} steps would "
+                "be another one at every call, whatever the seed. Give eta=0, or steps=1."
+            )
+
     def schedule(self, teacher: Teacher) -> Schedule:
         schedule = super().schedule(teacher)
         if isinstance(teacher.process, DiscreteVP):

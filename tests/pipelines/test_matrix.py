@@ -14,7 +14,7 @@ import fastdiff.pipelines.export as export
 from fastdiff import Trainer
 from fastdiff.errors import UserError
 from fastdiff.pipelines.export import Exported, verify_exports
-from fastdiff.trainers import DMD2, LCM, PCM, SCM, TDM, Consistency, LCMLoRA, Shortcut, SwiftBrush
+from fastdiff.trainers import DMD2, LCM, PCM, SCM, TCD, TDM, Consistency, LCMLoRA, Shortcut, SwiftBrush
 from fastdiff.trainers.method import Method
 
 _PAIRS: dict[str, Any] = {"pairs": 8, "pair_steps": 2}
@@ -26,6 +26,9 @@ METHODS: dict[str, Method] = {
     "lcm": LCM(steps=4, original_steps=40, guidance_range=(2.0, 2.0), **_PAIRS),
     "lcm-told": LCM(steps=2, guidance_range=(2.0, 4.0), **_PAIRS),
     "lcm-lora": LCMLoRA(steps=1, rank=2, **_PAIRS),
+    "tcd": TCD(steps=2, guidance_range=(2.0, 2.0), **_PAIRS),
+    "tcd-eta-0": TCD(steps=2, eta=0.0, guidance_range=(2.0, 2.0), **_PAIRS),
+    "tcd-eta-1": TCD(steps=2, eta=1.0, guidance_range=(2.0, 2.0), **_PAIRS),
     "pcm": PCM(steps=2, guidance_range=(2.0, 2.0), **_PAIRS),
     "consistency": Consistency(steps=1, **_PAIRS),
     "shortcut": Shortcut(steps=2, bootstrap_share=0.5, **_PAIRS),
@@ -36,6 +39,10 @@ NOT_TOLD = "has no network that is told its guidance scale"
 NO_BOTTLENECK = "has no bottleneck for a discriminator"
 REFUSED = {
     **{(family, "dmd2-gan"): NO_BOTTLENECK for family in ("wan", "ltx")},
+    **{(family, name): "does not run TCDScheduler" for family in ("dit", "ddpm") for name in ("tcd", "tcd-eta-0")},
+    **{(family, "tcd-eta-1"): NO_NOISE for family in ("sd3", "flux", "flux-schnell", "wan", "ltx")},
+    **{(family, "tcd-eta-1"): "does not run TCDScheduler" for family in ("dit", "ddpm")},
+    **{(family, "tcd"): "Give eta=0 or eta=1" for family in ("sana", "sd3", "flux", "flux-schnell", "wan", "ltx")},
     **{(family, "lcm"): NO_NOISE for family in ("sd3", "flux", "flux-schnell", "wan", "ltx", "dit", "ddpm")},
     **{
         (family, name): NOT_TOLD

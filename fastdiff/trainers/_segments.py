@@ -81,8 +81,8 @@ class TrajectoryConsistency(LatentConsistency):
             )
         if teacher.pipeline is not None and not teacher.family.gives_noise and self.eta > 0 and self.steps > 1:
             raise UserError(
-                f"eta is {self.eta}, and a {kind} hands its scheduler no generators: the noise between the {self.steps} steps would "
-                "be another one at every call, whatever the seed. Give eta=0, or steps=1."
+                f"eta is {self.eta}, and a {kind} hands its scheduler no generators: the noise between the {self.steps} steps "
+                "would be another one at every call, whatever the seed. Give eta=0, or steps=1."
             )
 
     def schedule(self, teacher: Teacher) -> Schedule:

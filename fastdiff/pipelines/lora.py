@@ -48,7 +48,8 @@ def export_adapter(
         scheduler = scheduler if unet else type(pipeline.scheduler).__name__
         saved = f'{scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")'
         made = f"{scheduler}.from_config(pipeline.scheduler.config)" if unet else saved
-        words = ", ".join(f"{key}={value!r}" for key, value in {**call, "guidance_scale": 1.0}.items())
+        told = {**call, "guidance_scale": call.get("guidance_scale", 1.0)}
+        words = ", ".join(f"{key}={value!r}" for key, value in told.items())
         text = CARD.format(files=files, kind=kind, scheduler=scheduler, made=made, lora=LORA, prompt=prompt, call=words)
     with (folder / "README.md").open("a", encoding="utf-8") as card:
         card.write(text)

@@ -179,6 +179,12 @@ class SanaSprint(Adversarial, SCM):
             super().validate(teacher)
         else:
             SCM.validate(self, teacher)
+        flow = teacher.pipeline is not None and isinstance(teacher.process, RectifiedFlow)
+        if flow and not teacher.family.sprint_network():
+            raise UserError(
+                f"{teacher.name} is a {type(teacher.pipeline).__name__}, and only a SANA student can be saved with SCMScheduler, "
+                "at whose times a student of a flow is called here. Take scm."
+            )
         if not self.guidance_choices:
             if teacher.family.sprint_network():
                 raise UserError(
